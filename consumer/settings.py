@@ -1,0 +1,171 @@
+"""The whole of config.yaml as typed values."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from model.config import Device, Duration, ModelSettings, Section, Strategy, TrainingSettings, load
+
+_OURS = {
+    "enable.auto.commit": "offsets are committed only after their alerts",
+    "enable.auto.offset.store": "offsets are committed only after their alerts",
+    "enable.partition.eof": "the consumer decides",
+    "partition.assignment.strategy": "the consumer needs cooperative-sticky",
+}
+"""librdkafka settings that the consumer's promises rest on, and why they cannot be changed."""
+
+Scalar = str | int | float | bool
+
+
+class KafkaSettings(Section):
+    """`kafka:` — librdkafka settings: at this level for every client, below `consumer`/`producer` for one."""
+
+    common: dict[str, Scalar] = Field(default={}, repr=False)
+    consumer: dict[str, Scalar] = Field(default={}, repr=False)
+    producer: dict[str, Scalar] = Field(default={}, repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        consumer, producer = (value.get(part) or {} for part in ("consumer", "producer"))
+        common = {key: item for key, item in value.items() if key not in ("consumer", "producer")}
+        for section in (common, consumer, producer):
+            if not isinstance(section, dict):
+                raise ValueError("consumer and producer should be mappings of librdkafka settings")  # noqa: TRY004
+            for key, item in section.items():
+                if not isinstance(item, Scalar):
+                    raise ValueError(f"{key} should be text, a number or true/false")  # noqa: TRY004
+        return {
+            "common": {"bootstrap.servers": "localhost:9092"} | common,
+            "consumer": {"group.id": "log-anomaly-transformer"} | consumer,
+            "producer": producer,
+        }
+
+    @model_validator(mode="after")
+    def _checked(self) -> "KafkaSettings":
+        for section in (self.common, self.consumer, self.producer):
+            for key, why in _OURS.items():
+                if key in section:
+                    raise ValueError(f"{key} cannot be set: {why}; remove it")
+        if not self.common.get("bootstrap.servers"):
+            raise ValueError("bootstrap.servers is missing: name a broker such as localhost:9092")
+        if not self.group:
+            raise ValueError("consumer.group.id is missing: name the consumer group")
+        return self
+
+    @property
+    def bootstrap(self) -> str:
+        """The brokers' addresses."""
+        return str(self.common["bootstrap.servers"])
+
+    @property
+    def group(self) -> str:
+        """The consumer group's id."""
+        return str(self.consumer.get("group.id", ""))
+
+    def for_consumer(self, **own: Scalar) -> dict[str, Scalar]:
+        """Return a consumer's configuration; `own` (with _ for .) comes last."""
+        return {**self.common, **self.consumer, **_dotted(own)}
+
+    def for_producer(self, **own: Scalar) -> dict[str, Scalar]:
+        """Return a producer's configuration; `own` (with _ for .) comes last."""
+        return {**self.common, **self.producer, **_dotted(own)}
+
+    def for_admin(self) -> dict[str, Scalar]:
+        """Return an admin client's configuration."""
+        return dict(self.common)
+
+
+def _dotted(own: dict[str, Scalar]) -> dict[str, Scalar]:
+    return {key.replace("_", "."): value for key, value in own.items()}
+
+
+TopicName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")]
+
+
+class TopicSettings(Section):
+    """`topics:` — where events come from and where alerts go."""
+
+    events: TopicName = "log-events"
+    alerts: TopicName = "log-anomaly-alerts"
+    dead_letters: TopicName = "log-anomaly-dead-letters"
+    create: bool = True
+    partitions: int = Field(default=6, ge=1, le=10_000)
+    replication_factor: int = Field(default=1, ge=1, le=32)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "TopicSettings":
+        if len({self.events, self.alerts, self.dead_letters}) < 3:
+            raise ValueError("events, alerts and dead_letters should be three different topics")
+        return self
+
+
+class EventSettings(Section):
+    """`events:` — the names of an event's fields."""
+
+    block_id: str = Field(default="block_id", min_length=1)
+    event_id: str = Field(default="event_id", min_length=1)
+    timestamp: str = Field(default="timestamp", min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "EventSettings":
+        if len({self.block_id, self.event_id, self.timestamp}) < 3:
+            raise ValueError("block_id, event_id and timestamp should name three different fields")
+        return self
+
+
+class ScoringSettings(Section):
+    """`scoring:` — when a block is looked at and how looks are batched."""
+
+    every: int = Field(default=1, ge=1, le=1_000_000)
+    cache_windows: int = Field(default=1_000_000, ge=1, le=1_000_000_000)
+    max_batch: int = Field(default=10_000, ge=1, le=1_000_000)
+    max_wait: Duration = timedelta(milliseconds=50)
+
+
+class WindowSettings(Section):
+    """`windows:` — when a block is over."""
+
+    idle_timeout: Duration = timedelta(hours=24)
+
+
+class CalibrationSettings(Section):
+    """`calibration:` — where normal ends."""
+
+    path: Annotated[Path, Field(strict=False)] = Path("artifacts/threshold.json")
+    strategy: Strategy = "max"
+    quantile: float = Field(default=0.95, gt=0, lt=1)
+
+
+class CommitSettings(Section):
+    """`commit:` — how often work becomes durable."""
+
+    interval: Duration = timedelta(milliseconds=100)
+
+
+class Settings(Section):
+    """Everything in config.yaml."""
+
+    kafka: KafkaSettings = KafkaSettings()
+    topics: TopicSettings = TopicSettings()
+    events: EventSettings = EventSettings()
+    device: Device = "auto"
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    scoring: ScoringSettings = ScoringSettings()
+    windows: WindowSettings = WindowSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    commit: CommitSettings = CommitSettings()
+
+
+def load_settings(path: Path) -> Settings:
+    """Read config.yaml whole.
+
+    Raises:
+        UserError: as `model.config.load`.
+    """
+    return load(path, Settings)

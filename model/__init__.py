@@ -1,0 +1,1 @@
+"""What normal looks like: vocabulary, denoising transformer autoencoder, training, scoring, bundle on disk."""

@@ -1,0 +1,41 @@
+"""What every command shares: the --config option, plain error messages, one console."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from model.errors import UserError
+
+console = Console(highlight=False)
+"""Standard output for people: tables, progress bars, results."""
+
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Standard error: what went wrong."""
+
+
+def argument_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser for `python -m <command>` that already knows --config."""
+    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
+    parser.add_argument(
+        "--config", type=Path, default=Path("config.yaml"), help="settings file (default: config.yaml)"
+    )
+    return parser
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command and end the process with its exit status.
+
+    A `UserError` becomes one sentence on standard error and status 2; Ctrl-C becomes status 130.
+    """
+    try:
+        status = main() or 0
+    except UserError as error:
+        errors.print(f"error: {error}", markup=False)
+        status = 2
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        status = 130
+    sys.exit(status)
