@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+
+from consumer.settings import Settings, load_settings
+from model.errors import UserError
+
+CONFIG = Path(__file__).parents[2] / "config.yaml"
+
+
+def test_the_shipped_file_states_the_defaults():
+    assert load_settings(CONFIG) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("windows: {z: 1}", "windows.z is not a known setting"),
+        ("windows: {idle_timeout: 3x}", "windows.idle_timeout: should be a duration"),
+        ("scoring: {every: many}", "scoring.every: input should be a valid integer"),
+        ("model: {width: 10, heads: 3}", "model: width (10) should be a multiple of heads (3)"),
+        ("kafka: {enable.auto.commit: true}", "kafka: enable.auto.commit cannot be set"),
+        ("topics: {alerts: log-events}", "topics: events, alerts and dead_letters should be three"),
+        (
+            "kafka: {sasl.password: '${NO_SUCH_VARIABLE}'}",
+            "kafka.sasl.password needs the environment variable",
+        ),
+        ("a: [", "not valid YAML"),
+        ("- 1", "must be a mapping"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_its_place(tmp_path, text, said):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_settings(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_secrets_come_from_the_environment_and_are_never_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("KAFKA_PASSWORD", "hunter2")
+    path = tmp_path / "config.yaml"
+    path.write_text("kafka: {sasl.password: '${KAFKA_PASSWORD}'}")
+    settings = load_settings(path)
+    assert settings.kafka.for_consumer()["sasl.password"] == "hunter2"
+    assert "hunter2" not in repr(settings)
+    path.write_text("kafka: {sasl.password: ['${KAFKA_PASSWORD}']}")
+    with pytest.raises(UserError) as caught:
+        load_settings(path)
+    assert "hunter2" not in str(caught.value)
