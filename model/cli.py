@@ -2,10 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from model.errors import UserError
 
@@ -19,9 +21,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def argument_parser(command: str, description: str) -> argparse.ArgumentParser:
     """Return a parser for `python -m <command>` that already knows --config."""
     parser = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
-    parser.add_argument(
-        "--config", type=Path, default=Path("config.yaml"), help="settings file (default: config.yaml)"
-    )
+    parser.add_argument("--config", type=Path, default=Path("config.yaml"), help="settings file (default: config.yaml)")
     return parser
 
 
@@ -39,3 +39,18 @@ def run(main: Callable[[], int | None]) -> None:
         errors.print("interrupted")
         status = 130
     sys.exit(status)
+
+
+@contextmanager
+def progress_bar(what: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """Show a bar while the block runs; call what it gives with the number of further things done."""
+    with Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        console=console,
+    ) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda steps: progress.advance(task, steps)

@@ -101,9 +101,7 @@ def load(path: Path, schema: type[SettingsT]) -> SettingsT:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot read the settings file ({_reason(error)}); name one with --config"
-        ) from None
+        raise UserError(f"{path}: cannot read the settings file ({_reason(error)}); name one with --config") from None
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -1,0 +1,61 @@
+"""`python -m consumer`: watches the log topic and publishes alerts until it is told to stop."""
+
+import logging
+import signal
+from threading import Event
+
+from consumer.detector import Detector
+from consumer.events import Decoder
+from consumer.service import Service
+from consumer.settings import load_settings
+from consumer.threshold import Threshold
+from consumer.topics import TopicSpec, ensure_topics
+from model.bundle import Bundle
+from model.cli import argument_parser, run
+from model.device import choose
+from model.scoring import Scorer
+
+log = logging.getLogger("consumer")
+
+
+def main() -> None:
+    """Start, say what with, run until SIGTERM or Ctrl-C, say what was done."""
+    parser = argument_parser("consumer", "Watch the log topic and publish anomaly alerts.")
+    settings = load_settings(parser.parse_args().config)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s")
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+    bundle = Bundle.load(settings.model.path)
+    threshold = Threshold.load(settings.calibration.path)
+    threshold.check(
+        bundle,
+        every=settings.scoring.every,
+        idle_timeout_ms=round(settings.windows.idle_timeout.total_seconds() * 1000),
+        path=settings.calibration.path,
+    )
+    device = choose(settings.device)
+    topics = settings.topics
+    created = ensure_topics(settings, map(TopicSpec, (topics.events, topics.alerts, topics.dead_letters)))
+    for name in created:
+        log.info("created topic %s", name)
+    detector = Detector(
+        Scorer(bundle, threshold.strategy, device),
+        threshold,
+        topic=topics.events,
+        cache_windows=settings.scoring.cache_windows,
+    )
+    service = Service(settings, detector, Decoder(settings.events, bundle.vocabulary.tokens))
+    log.info("reading %s as group %s from %s", topics.events, settings.kafka.group, settings.kafka.bootstrap)
+    log.info("alerts go to %s, undecodable messages to %s", topics.alerts, topics.dead_letters)
+    log.info(
+        "model %s on %s, threshold %g (%s, q = %g: at most %.2g of normal blocks alert)",
+        bundle.fingerprint[:12], device, threshold.threshold, threshold.strategy, threshold.quantile, threshold.bound,
+    )  # fmt: skip
+    service.run(stop)
+    log.info("stopped: %s", service.summary())
+
+
+if __name__ == "__main__":
+    run(main)

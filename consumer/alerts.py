@@ -1,0 +1,89 @@
+"""What is published when a block looks wrong. The shape is fixed by alert.schema.json."""
+
+import hashlib
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+
+class Expected(msgspec.Struct, frozen=True):
+    """What the model would have taken for normal at the offender's place."""
+
+    event_id: str
+    template: str | None
+    probability: float
+
+
+class Offender(msgspec.Struct, frozen=True):
+    """The event with the highest surprisal. `<END>` as event_id: the block ended where it should have gone on."""
+
+    position: int
+    event_id: str
+    template: str | None
+    surprisal: float
+    expected: tuple[Expected, ...]
+    offset: int
+    timestamp: str
+
+
+class WindowEvent(msgspec.Struct, frozen=True):
+    """One event of the window with its surprisal in nats."""
+
+    event_id: str
+    surprisal: float
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where the session's events lie: both offsets inclusive."""
+
+    topic: str
+    partition: int
+    first_offset: int
+    last_offset: int
+
+
+class Alert(msgspec.Struct, frozen=True):
+    """A block whose look scored above the threshold. Holds nothing that depends on when it was computed."""
+
+    schema_version: int
+    alert_id: str
+    revision: int
+    block_id: str
+    reason: Literal["event", "truncated"]
+    score: float
+    threshold: float
+    strategy: str
+    p_value: float
+    offender: Offender
+    window: tuple[WindowEvent, ...]
+    events_seen: int
+    first_event_time: str
+    last_event_time: str
+    source: Source
+    model: str
+
+    def encode(self) -> bytes:
+        """Return the alert as JSON, the same bytes for the same alert."""
+        return _encode(self)
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def alert_id(topic: str, partition: int, first_offset: int, block_id: str) -> str:
+    """Return the id that all revisions of a session's alert share: 32 hexadecimal digits."""
+    name = f"{topic}\0{partition}\0{first_offset}\0{block_id}"
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+@cache
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of an alert."""
+    text = files("consumer").joinpath("alert.schema.json").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded

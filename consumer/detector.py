@@ -1,0 +1,192 @@
+"""Events in, alerts out: the whole of detection, without Kafka and without a clock."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import zip_longest
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consumer.alerts import (
+    SCHEMA_VERSION,
+    Alert,
+    Expected,
+    Offender,
+    Source,
+    WindowEvent,
+    alert_id,
+)
+from consumer.events import EventBatch
+from consumer.scores import LookScores
+from consumer.threshold import Threshold
+from consumer.windows import Looks, WindowStore
+from model.scoring import Explanation, Scorer
+from model.vocabulary import END, UNK
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Alerted:
+    """What a session's last alert said: enough to know whether a later look has news."""
+
+    revision: int
+    score: float
+    position: int
+
+
+@dataclass
+class _Partition:
+    store: WindowStore
+    alerted: dict[int, Alerted]
+
+
+class Detector:
+    """Windows, scores and alerts of all partitions that are assigned.
+
+    Args:
+        scorer: of the model that `threshold` was calibrated with.
+        topic: name of the event topic, for the alerts.
+        cache_windows: distinct windows whose score is remembered.
+    """
+
+    def __init__(self, scorer: Scorer, threshold: Threshold, *, topic: str, cache_windows: int) -> None:
+        self._bundle = scorer.bundle
+        self._threshold = threshold
+        self._topic = topic
+        self._scores = LookScores(scorer, threshold.threshold, cache_windows)
+        self._partitions: dict[int, _Partition] = {}
+        self.looks = 0
+        """Looks taken so far."""
+
+    @property
+    def scored(self) -> int:
+        """Distinct windows that went through the network so far."""
+        return self._scores.scored
+
+    @property
+    def open_blocks(self) -> int:
+        """Open sessions of all partitions."""
+        return sum(partition.store.open_blocks for partition in self._partitions.values())
+
+    def assign(self, partition: int) -> None:
+        """Start to watch a partition, with no open sessions."""
+        store = WindowStore(
+            window=self._threshold.window,
+            every=self._threshold.every,
+            idle_timeout=self._threshold.idle_timeout_ms,
+        )
+        self._partitions[partition] = _Partition(store, {})
+
+    def revoke(self, partition: int) -> None:
+        """Forget a partition and its open sessions."""
+        self._partitions.pop(partition, None)
+
+    def process(self, batches: Mapping[int, EventBatch]) -> list[Alert]:
+        """Take in events, by partition, and return the alerts they cause, those of a block in order."""
+        return self._alerts({partition: self._partitions[partition].store.apply(batch)
+                             for partition, batch in batches.items()})  # fmt: skip
+
+    def close(self, partition: int) -> list[Alert]:
+        """Close all sessions of a partition that has fallen silent and return the alerts of their last looks."""
+        return self._alerts({partition: self._partitions[partition].store.close_all()})
+
+    def _alerts(self, streams: Mapping[int, Iterator[Looks]]) -> list[Alert]:
+        alerts: list[Alert] = []
+        # One portion of each partition at a time: the device sees all partitions in one batch.
+        for portion in zip_longest(*streams.values()):
+            present = [(number, looks) for number, looks in zip(streams, portion, strict=True) if looks is not None]
+            scores = self._scores.of(_joined([looks for _, looks in present]))
+            begin = 0
+            for number, looks in present:
+                alerts.extend(self._judge(number, looks, scores[begin : begin + len(looks)]))
+                begin += len(looks)
+            self.looks += begin
+        return alerts
+
+    def _judge(self, number: int, looks: Looks, scores: NDArray[np.float64]) -> Iterator[Alert]:
+        partition = self._partitions[number]
+        hot = scores > self._threshold.threshold
+        for place in np.flatnonzero(hot | looks.facts["closing"]).tolist():
+            slot = int(looks.facts["slot"][place])
+            before = partition.alerted.get(slot)
+            if hot[place] and (before is None or scores[place] > before.score):
+                why = self._scores.explain(looks, place)
+                position = _position(looks, place, why)
+                if before is None or position != before.position:
+                    revision = before.revision + 1 if before else 1
+                    partition.alerted[slot] = Alerted(revision, why.score, position)
+                    yield self._alert(number, looks, place, why, revision)
+            if looks.facts["closing"][place]:
+                partition.alerted.pop(slot, None)
+
+    def _alert(self, number: int, looks: Looks, place: int, why: Explanation, revision: int) -> Alert:
+        fact = looks.facts[place]
+        store = self._partitions[number].store
+        block = store.block(int(fact["slot"]))
+        names = self._names(looks, place, store.unknown(int(fact["slot"])))
+        truncated = bool(fact["closing"]) and why.offender == int(fact["length"])
+        source = min(why.offender, int(fact["length"]) - 1)
+        return Alert(
+            schema_version=SCHEMA_VERSION,
+            alert_id=alert_id(self._topic, number, int(fact["first_offset"]), block),
+            revision=revision,
+            block_id=block,
+            reason="truncated" if truncated else "event",
+            score=why.score,
+            threshold=self._threshold.threshold,
+            strategy=self._threshold.strategy,
+            p_value=round(self._threshold.p_value(why.score), 6),
+            offender=Offender(
+                position=_position(looks, place, why),
+                event_id=names[why.offender],
+                template=self._bundle.vocabulary.template(names[why.offender]),
+                surprisal=why.surprisals[why.offender],
+                expected=tuple(self._expected(token, probability) for token, probability in why.expected),
+                offset=int(looks.offsets[place, source]),
+                timestamp=_iso(looks.times[place, source]),
+            ),
+            window=tuple(map(WindowEvent, names, why.surprisals)),
+            events_seen=int(fact["count"]),
+            first_event_time=_iso(fact["first_time"]),
+            last_event_time=_iso(fact["last_time"]),
+            source=Source(self._topic, number, int(fact["first_offset"]), int(fact["last_offset"])),
+            model=self._threshold.model,
+        )
+
+    def _names(self, looks: Looks, place: int, unknown: Mapping[int, str]) -> list[str]:
+        """Return the event ids of a look; those that the vocabulary lacks come from the message itself."""
+        length = int(looks.facts["length"][place])
+        name = self._bundle.vocabulary.name
+        names = [
+            unknown.get(offset, name(UNK)) if token == UNK else name(token)
+            for token, offset in zip(
+                looks.rows[place, 1 : 1 + length].tolist(), looks.offsets[place, :length].tolist(), strict=True
+            )
+        ]
+        return [*names, name(END)] if looks.facts["closing"][place] else names
+
+    def _expected(self, token: int, probability: float) -> Expected:
+        event = self._bundle.vocabulary.name(token)
+        return Expected(event, self._bundle.vocabulary.template(event), probability)
+
+
+def _position(looks: Looks, place: int, why: Explanation) -> int:
+    """Return the offender's number in its session, from 1."""
+    fact = looks.facts[place]
+    return int(fact["count"]) - int(fact["length"]) + why.offender + 1
+
+
+def _joined(looks: Iterable[Looks]) -> Looks:
+    parts = list(looks)
+    if len(parts) == 1:
+        return parts[0]
+    return Looks(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("facts", "rows", "offsets", "times"))
+    )
+
+
+def _iso(milliseconds: int) -> str:
+    moment = _EPOCH + timedelta(milliseconds=int(milliseconds))
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,162 @@
+"""The compiled loop of `consumer.windows`: plain loops over plain arrays, no Python objects."""
+
+import numpy as np
+from numba import njit
+
+from consumer.events import TOMBSTONE
+from model.vocabulary import BOS, END, PAD
+
+NONE = -1
+"""No slot."""
+
+NEVER = np.iinfo(np.int64).min
+"""A watermark before the first event."""
+
+SESSION = np.dtype(
+    [
+        ("count", np.int64),  # events so far; 0: the row holds no open session
+        ("seen", np.int64),  # the watermark at the last event
+        ("first_offset", np.int64),
+        ("first_time", np.int64),
+        ("last_offset", np.int64),
+        ("last_time", np.int64),
+        ("older", np.int32),  # neighbours in the list ordered by `seen`
+        ("newer", np.int32),
+    ]
+)
+
+LOOK = np.dtype(
+    [
+        ("slot", np.int32),
+        ("length", np.int32),  # events in the window; END is not one of them
+        ("count", np.int64),  # events of the session so far
+        ("closing", np.bool_),
+        ("hash", np.uint64),  # of the network's input: equal windows have equal hashes
+        ("first_offset", np.int64),  # of the session
+        ("first_time", np.int64),
+        ("last_offset", np.int64),
+        ("last_time", np.int64),
+    ]
+)
+
+
+@njit(cache=True)
+def advance(
+    sessions, tokens, offsets, times, ends, clock, every, idle,
+    in_slot, in_token, in_time, in_offset, start,
+    facts, rows, row_offsets, row_times,
+):  # fmt: skip
+    """Take in events from `start` on until all are in or the looks are full; return (events done, looks written).
+
+    An event whose looks do not fit is not begun, except that the sessions it expired stay closed: continuing at
+    the same event goes on where this call stopped.
+    """
+    window = tokens.shape[1]
+    capacity = len(facts)
+    filled = 0
+    for i in range(start, len(in_slot)):
+        slot = in_slot[i]
+        if in_token[i] != TOMBSTONE:
+            clock[0] = max(clock[0], in_time[i])
+            while ends[0] != NONE and sessions[ends[0]].seen + idle < clock[0]:
+                if filled == capacity:
+                    return i, filled
+                expired = ends[0]
+                _look(sessions, tokens, offsets, times, expired, True, facts, rows, row_offsets, row_times, filled)
+                filled += 1
+                _unlink(sessions, ends, expired)
+                sessions[expired].count = 0
+        elif slot == NONE or sessions[slot].count == 0:
+            continue  # a tombstone for a block that is not open
+        if filled == capacity:
+            return i, filled
+        session = sessions[slot]
+        if in_token[i] == TOMBSTONE:
+            _look(sessions, tokens, offsets, times, slot, True, facts, rows, row_offsets, row_times, filled)
+            filled += 1
+            _unlink(sessions, ends, slot)
+            session.count = 0
+            continue
+        if session.count == 0:
+            session.first_offset = in_offset[i]
+            session.first_time = in_time[i]
+        else:
+            _unlink(sessions, ends, slot)
+        at = session.count % window
+        tokens[slot, at] = in_token[i]
+        offsets[slot, at] = in_offset[i]
+        times[slot, at] = in_time[i]
+        session.count += 1
+        session.last_offset = in_offset[i]
+        session.last_time = in_time[i]
+        session.seen = clock[0]
+        session.older = ends[1]
+        session.newer = NONE
+        if ends[1] == NONE:
+            ends[0] = slot
+        else:
+            sessions[ends[1]].newer = slot
+        ends[1] = slot
+        if session.count % every == 0:
+            _look(sessions, tokens, offsets, times, slot, False, facts, rows, row_offsets, row_times, filled)
+            filled += 1
+    return len(in_slot), filled
+
+
+@njit(cache=True)
+def _unlink(sessions, ends, slot):
+    older, newer = sessions[slot].older, sessions[slot].newer
+    if older == NONE:
+        ends[0] = newer
+    else:
+        sessions[older].newer = newer
+    if newer == NONE:
+        ends[1] = older
+    else:
+        sessions[newer].older = older
+
+
+@njit(cache=True)
+def _look(
+    sessions, tokens, offsets, times, slot, closing, facts, rows, row_offsets, row_times, at,
+):  # fmt: skip
+    """Write the look at `slot` into place `at` of the look columns."""
+    window = tokens.shape[1]
+    session = sessions[slot]
+    length = min(session.count, window)
+    begin = session.count - length
+    row = rows[at]
+    row[0] = BOS
+    digest = np.uint64(0x9E3779B97F4A7C15)
+    for k in range(length):
+        source = (begin + k) % window
+        token = tokens[slot, source]
+        row[1 + k] = token
+        row_offsets[at, k] = offsets[slot, source]
+        row_times[at, k] = times[slot, source]
+        digest = _mix(digest, token)
+    used = 1 + length
+    if closing:
+        row[used] = END
+        digest = _mix(digest, END)
+        used += 1
+    row[used:] = PAD
+    fact = facts[at]
+    fact.slot = slot
+    fact.length = length
+    fact.count = session.count
+    fact.closing = closing
+    fact.hash = digest
+    fact.first_offset = session.first_offset
+    fact.first_time = session.first_time
+    fact.last_offset = session.last_offset
+    fact.last_time = session.last_time
+
+
+@njit(cache=True)
+def _mix(digest, token):
+    """One round of a 64-bit hash (the finaliser of splitmix64)."""
+    digest = digest ^ (np.uint64(token) + np.uint64(0x9E3779B97F4A7C15))
+    digest = (digest ^ (digest >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    digest = (digest ^ (digest >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return digest ^ (digest >> np.uint64(31))

@@ -1,0 +1,95 @@
+"""Makes sure that the topics are there before anything is read from or written to them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from consumer.settings import Settings
+from model.errors import UserError
+
+_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class TopicSpec:
+    """A topic that must exist; `partitions` and `config` matter when it is created."""
+
+    name: str
+    partitions: int | None = None
+    config: Mapping[str, str] = field(default_factory=dict)
+
+
+def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
+    """Create the topics that are missing and return their names; leave existing ones as they are.
+
+    Raises:
+        UserError: no broker answers, a topic is missing and `topics.create` is false, or Kafka refuses.
+    """
+    wanted = list(specs)
+    there = _partitions(settings)
+    missing = [spec for spec in wanted if spec.name not in there]
+    if not missing:
+        return []
+    names = ", ".join(spec.name for spec in missing)
+    if not settings.topics.create:
+        raise UserError(f"missing topics: {names}; create them, or set topics.create: true")
+    admin = _admin(settings)  # must live until its futures are done
+    futures = admin.create_topics(
+        [
+            NewTopic(
+                spec.name,
+                spec.partitions or settings.topics.partitions,
+                settings.topics.replication_factor,
+                config=dict(spec.config),
+            )
+            for spec in missing
+        ],
+        operation_timeout=_SECONDS,
+        request_timeout=_SECONDS,
+    )
+    created = []
+    for name, future in futures.items():
+        try:
+            future.result()
+            created.append(name)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another instance was faster
+                raise UserError(f"topic {name} cannot be created: {error.args[0].str()}") from None
+    return created
+
+
+def require_topic(settings: Settings, name: str) -> int:
+    """Return the number of partitions of a topic.
+
+    Raises:
+        UserError: no broker answers, or there is no such topic.
+    """
+    there = _partitions(settings)
+    if name not in there:
+        raise UserError(f"there is no topic {name} at {settings.kafka.bootstrap}; has the consumer been started?")
+    return there[name]
+
+
+def _admin(settings: Settings, hear: Callable[[KafkaError], object] = lambda _: None) -> AdminClient:
+    try:
+        # Trouble is told once, by us, so librdkafka's own log is silenced.
+        return AdminClient({**settings.kafka.for_admin(), "log_level": 0, "error_cb": hear})
+    except KafkaException as error:
+        raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
+
+
+def _partitions(settings: Settings) -> dict[str, int]:
+    """Return every topic's number of partitions."""
+    heard: list[KafkaError] = []
+    admin = _admin(settings, heard.append)
+    try:
+        topics = admin.list_topics(timeout=_SECONDS).topics
+    except KafkaException:
+        reason = f" ({heard[-1].str()})" if heard else ""
+        raise UserError(
+            f"no broker answers at kafka.bootstrap.servers {settings.kafka.bootstrap}{reason}; "
+            "start one with python -m scripts.local_kafka up, or name another"
+        ) from None
+    return {name: len(topic.partitions) for name, topic in topics.items()}

@@ -1,0 +1,106 @@
+"""A trained model on disk: weights, vocabulary, hyper-parameters, training facts, fingerprint. Never pickled."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model.errors import UserError
+from model.network import Autoencoder, Shape
+from model.vocabulary import Vocabulary
+
+FORMAT = 1
+"""Version of the folder's layout."""
+
+_WEIGHTS, _FACTS = "weights.safetensors", "model.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A network with the vocabulary it speaks. `training` holds facts for people; nothing depends on them."""
+
+    network: Autoencoder
+    vocabulary: Vocabulary
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def window(self) -> int:
+        """Newest events of a session that the network sees."""
+        return self.network.shape.window
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that a score depends on: weights, their shapes, vocabulary, hyper-parameters."""
+        digest = hashlib.sha256()
+        digest.update(json.dumps([asdict(self.network.shape), self.vocabulary.events]).encode())
+        for name, weight in sorted(self.network.state_dict().items()):
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the bundle to `folder`, replacing a bundle that is there.
+
+        It is written beside and moved, so that a reader never finds half of it.
+
+        Raises:
+            UserError: the folder holds something else, or cannot be written.
+        """
+        if folder.exists() and not (folder / _FACTS).is_file():
+            raise UserError(f"{folder}: exists and is no model bundle; name another folder with --out")
+        facts = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "shape": asdict(self.network.shape),
+            "parameters": self.network.parameter_count,
+            "events": self.vocabulary.events,
+            "templates": dict(self.vocabulary.templates),
+            "training": dict(self.training),
+        }
+        fresh, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+        try:
+            for leftover in (fresh, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            save_file(
+                {name: weight.contiguous() for name, weight in self.network.state_dict().items()}, fresh / _WEIGHTS
+            )
+            (fresh / _FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            if folder.exists():
+                folder.rename(old)
+            fresh.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot write the model bundle ({error.strerror or error})") from None
+
+    @classmethod
+    def load(cls, folder: Path) -> "Bundle":
+        """Read the bundle in `folder`; its network is in eval mode on the CPU.
+
+        Raises:
+            UserError: there is none, it is damaged, or another version wrote it.
+        """
+        again = "train one with: python -m model --normal FILE --out " + str(folder)
+        try:
+            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            if facts["format"] != FORMAT:
+                raise UserError(f"{folder}: bundle format {facts['format']}, but this version reads {FORMAT}; {again}")
+            network = Autoencoder(Shape(**facts["shape"]))
+            network.load_state_dict(load_file(folder / _WEIGHTS))
+            vocabulary = Vocabulary(tuple(facts["events"]), facts["templates"])
+            bundle = cls(network.eval(), vocabulary, facts["training"])
+            intact = bundle.fingerprint == facts["fingerprint"]
+        except FileNotFoundError:
+            raise UserError(f"{folder}: no model bundle there; {again}") from None
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
+            raise UserError(f"{folder}: the model bundle is damaged; {again}") from None
+        if not intact:
+            raise UserError(f"{folder}: the bundle's fingerprint does not match its contents; {again}")
+        return bundle

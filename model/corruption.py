@@ -1,0 +1,100 @@
+"""Training windows as the stream cuts them, and the noise that the autoencoder learns to undo.
+
+A network that sees its clean input learns to copy it. So some tokens are replaced by random others and the
+network must say what was there; what it learns is "given this neighbourhood, is the event I was shown the right
+one?", which is the question the detector asks.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.vocabulary import BOS, END, PAD, SPECIAL, UNK
+
+Tokens = NDArray[np.int64]
+
+CLOSED_SHARE = 0.5
+"""Half of the training windows are whole sessions with END, half are prefixes without: sessions still open."""
+
+
+class TrainingWindows:
+    """Draws clean training windows from normal sessions.
+
+    A few sequences cause most traffic, so distinct sequences are drawn in proportion to the square root of their
+    frequency: rare ones are seen often enough to be learned, common ones still lead.
+
+    Args:
+        sessions: token sequences, none of them empty.
+        window: newest events of a session that the network sees.
+        swaps: share of windows in which commuting neighbours are reordered.
+    """
+
+    def __init__(self, sessions: Iterable[Sequence[int]], *, vocabulary: int, window: int, swaps: float) -> None:
+        frequency = Counter(map(tuple, sessions))
+        sequences = sorted(frequency)
+        self.distinct = len(sequences)
+        self._window = window
+        self._swaps = swaps
+        weight = np.sqrt([frequency[sequence] for sequence in sequences])
+        self._cumulative = np.cumsum(weight / weight.sum())
+        self._length = np.array([len(sequence) for sequence in sequences])
+        self._start = np.concatenate([[0], np.cumsum(self._length)[:-1]])
+        self._flat = np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
+        self._commute = _commuting(sequences, vocabulary)
+
+    def draw(self, size: int, random: np.random.Generator) -> Tokens:
+        """Return (size, window + 2) rows: BOS, events, END where the session is over, PAD."""
+        chosen = np.searchsorted(self._cumulative, random.random(size) * self._cumulative[-1], side="right")
+        chosen = np.minimum(chosen, self.distinct - 1)
+        length = self._length[chosen]
+        closed = random.random(size) < CLOSED_SHARE
+        end = np.where(closed, length, 1 + (random.random(size) * length).astype(np.int64))
+        count = np.minimum(end, self._window)
+        column = np.arange(self._window)
+        inside = column < count[:, None]  # (B, W)
+        source = self._start[chosen] + end - count
+        events = np.where(inside, self._flat[np.where(inside, source[:, None] + column, 0)], PAD)
+        self._reorder(events, random)
+        rows = np.full((size, self._window + 2), PAD, np.int64)  # (B, W + 2)
+        rows[:, 0] = BOS
+        rows[:, 1:-1] = events
+        rows[np.flatnonzero(closed), 1 + count[closed]] = END
+        return rows
+
+    def _reorder(self, events: Tokens, random: np.random.Generator) -> None:
+        """Swap neighbours that training saw in both orders, at random, in a share of the windows."""
+        chosen = random.random(len(events)) < self._swaps
+        for first in (0, 1):  # even pairs, then odd pairs: no event is in two swaps at a time
+            left, right = events[:, first:-1:2], events[:, first + 1 :: 2]
+            swap = self._commute[left, right] & chosen[:, None] & (random.random(left.shape) < 0.5)
+            events[:, first:-1:2], events[:, first + 1 :: 2] = (
+                np.where(swap, right, left),
+                np.where(swap, left, right),
+            )
+
+
+def corrupt(rows: Tokens, share: float, vocabulary: int, random: np.random.Generator) -> Tokens:
+    """Return `rows` with a share of the events replaced by random other tokens.
+
+    Replacements are events, UNK and, at a window's last place only, END: a session cut short must look wrong.
+    """
+    real = (rows != PAD) & (rows != BOS)
+    replaced = real & (random.random(rows.shape) < share)
+    noise = random.integers(UNK, vocabulary, rows.shape)
+    noisy = np.where(replaced, noise, rows)
+    last = real.sum(axis=1)  # BOS is column 0, so this is the last real column
+    line = np.arange(len(rows))
+    cut = (rows[line, last] != END) & (random.random(len(rows)) < share)
+    noisy[line[cut], last[cut]] = END
+    return noisy
+
+
+def _commuting(sequences: Iterable[Sequence[int]], vocabulary: int) -> NDArray[np.bool_]:
+    """Return (V, V): whether training saw the two events next to each other in both orders."""
+    seen = np.zeros((vocabulary, vocabulary), bool)
+    for sequence in sequences:
+        seen[list(sequence[:-1]), list(sequence[1:])] = True
+    seen[:SPECIAL] = seen[:, :SPECIAL] = False
+    return seen & seen.T

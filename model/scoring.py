@@ -1,0 +1,135 @@
+"""From windows to surprisals to scores.
+
+Two precisions, one meaning. `screen` runs on the device in float32, for speed; its result may move in the last
+digits with the batch it ran in. `exact` runs in float64 on the CPU and rounds to `GRID`, which is far coarser
+than float64's noise: the same window has the same exact score in every batch, on every machine. Whoever compares
+a score with a threshold uses the exact one; screening only says which windows are far below it.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.bundle import Bundle
+from model.config import Strategy
+from model.vocabulary import BOS, PAD
+
+Rows = NDArray[np.uint16]
+"""Looks as the network sees them: (N, window + 2) of BOS, events, END when closed, PAD."""
+
+GRID = 1e-4
+"""Exact scores are multiples of this many nats."""
+
+SCREEN_MARGIN = 0.02
+"""How far a screened score may be from the exact one, in nats; float32 stays a hundred times closer."""
+
+TOPK = 3
+"""Strategy topk is the mean of this many highest surprisals."""
+
+EXPECTED = 3
+"""How many alternatives an explanation names."""
+
+_BUCKETS = (8, 12, 16, 20, 24, 32, 40)
+_CELLS = 16_384
+"""Tokens in one forward pass: enough to keep a CPU's cores busy, small enough for its caches."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a look has its score. Everything is rounded to `GRID`, so that equal windows read equal.
+
+    Attributes:
+        score: the exact score.
+        surprisals: of each token after BOS, in nats; the last one is END's when the look closes the session.
+        offender: index into `surprisals` of the highest.
+        expected: (token, probability) of the likeliest other tokens at the offender's place, the likeliest first.
+    """
+
+    score: float
+    surprisals: tuple[float, ...]
+    offender: int
+    expected: tuple[tuple[int, float], ...]
+
+
+class Scorer:
+    """Scores looks with a bundle's network on a device, with one strategy."""
+
+    def __init__(self, bundle: Bundle, strategy: Strategy = "max", device: torch.device | None = None) -> None:
+        self.bundle = bundle
+        self.strategy = strategy
+        self.device = device or torch.device("cpu")
+        self._fast = copy.deepcopy(bundle.network).to(self.device).eval()
+        self._exact = copy.deepcopy(bundle.network).double().eval()
+
+    def screen(self, rows: Rows) -> NDArray[np.float64]:
+        """Return the scores of `rows` to within `SCREEN_MARGIN`: (N,) in nats."""
+        return self._scores(self._fast, rows)
+
+    def exact(self, rows: Rows) -> NDArray[np.float64]:
+        """Return the exact scores of `rows`: (N,) in nats, on the grid."""
+        return on_grid(self._scores(self._exact, rows))
+
+    @torch.inference_mode()
+    def explain(self, row: Rows) -> Explanation:
+        """Explain the look `row` (window + 2,)."""
+        tokens = torch.from_numpy(row[row != PAD].astype(np.int64))[None]  # (1, L)
+        logp = F.log_softmax(self._exact(tokens), -1)[0]  # (L, V)
+        surprisal = -logp.gather(1, tokens[0][:, None])[1:, 0]  # (L - 1,)
+        offender = int(surprisal.argmax())
+        instead = logp[1 + offender].exp()  # (V,)
+        instead[tokens[0, 1 + offender]] = 0
+        probability, token = instead.topk(min(EXPECTED, len(instead)))
+        score = _pool(surprisal[None], torch.ones(1, len(surprisal), dtype=torch.bool), self.strategy)
+        return Explanation(
+            score=float(on_grid(score.numpy())[0]),
+            surprisals=tuple(on_grid(surprisal.numpy()).tolist()),
+            offender=offender,
+            expected=tuple(zip(token.tolist(), on_grid(probability.numpy()).tolist(), strict=True)),
+        )
+
+    @torch.inference_mode()
+    def _scores(self, network: torch.nn.Module, rows: Rows) -> NDArray[np.float64]:
+        scores = np.empty(len(rows))
+        device = next(network.parameters()).device
+        for chosen, length in _batches(rows):
+            tokens = torch.from_numpy(rows[chosen, :length].astype(np.int64)).to(device)  # (B, L)
+            logits = network(tokens)  # (B, L, V)
+            surprisal = -F.log_softmax(logits, -1).gather(2, tokens[:, :, None])[:, :, 0]  # (B, L)
+            real = (tokens != PAD) & (tokens != BOS)  # (B, L)
+            scores[chosen] = _pool(surprisal, real, self.strategy).cpu().numpy()
+        return scores
+
+
+def on_grid(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Round to multiples of `GRID`; the result prints with four decimals."""
+    rounded: NDArray[np.float64] = np.round(values.astype(np.float64), 4)
+    return rounded
+
+
+def _pool(surprisal: Tensor, real: Tensor, strategy: Strategy) -> Tensor:
+    """Turn surprisals (B, L) of the `real` tokens into scores (B,)."""
+    if strategy == "max":
+        return surprisal.masked_fill(~real, -torch.inf).amax(1)
+    if strategy == "mean":
+        return surprisal.masked_fill(~real, 0).sum(1) / real.sum(1)
+    best = surprisal.masked_fill(~real, -torch.inf).topk(min(TOPK, surprisal.shape[1]), dim=1).values  # (B, K)
+    there = best > -torch.inf
+    return best.masked_fill(~there, 0).sum(1) / there.sum(1)
+
+
+def _batches(rows: Rows) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Yield (indices, length): rows of like length together, filled up to a bucket's length, not to the longest."""
+    lengths = (rows != PAD).sum(axis=1)
+    buckets = np.array([size for size in _BUCKETS if size < rows.shape[1]] + [rows.shape[1]])
+    bucket = np.searchsorted(buckets, lengths)
+    for index, length in enumerate(buckets.tolist()):
+        members = np.flatnonzero(bucket == index)
+        step = max(1, _CELLS // length)
+        for first in range(0, len(members), step):
+            yield members[first : first + step], length

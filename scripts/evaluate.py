@@ -1,0 +1,231 @@
+"""`python -m scripts.evaluate`: how well the model and its calibration tell failing blocks from healthy ones.
+
+Labelled sessions go through the detector's windows and scores, without Kafka. Test files seldom hold the natural
+share of anomalies, so precision, F1 and average precision weigh each class to `--prior`.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+from sklearn.metrics import average_precision_score, classification_report, precision_recall_curve, roc_auc_score
+
+from calibration.block_scores import BlockScores, block_scores
+from calibration.quantile import blocks_needed, conformal_quantile
+from consumer.settings import load_settings
+from consumer.threshold import Threshold
+from model.bundle import Bundle
+from model.cli import argument_parser, console, progress_bar, run
+from model.device import choose
+from model.errors import UserError
+from model.scoring import Scorer
+from model.sessions import Session, read_normal, read_sessions
+
+QUANTILES = (0.95, 0.99, 0.995, 0.999, 0.9995)
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What happens at one quantile. Rates are shares of their class; None where calibration has too few blocks."""
+
+    q: float
+    threshold: float | None
+    bound: float | None
+    false_alarm_rate: float | None
+    recall: float | None
+    precision: float | None
+    f1: float | None
+    true_positives: int | None
+    false_positives: int | None
+    true_negatives: int | None
+    false_negatives: int | None
+
+
+def main() -> None:
+    """Evaluate and print; with --json also write."""
+    parser = argument_parser("scripts.evaluate", "Measure detection on labelled sessions.")
+    parser.add_argument("--normal", type=Path, nargs="+", required=True, metavar="FILE", help="normal test sessions")
+    parser.add_argument(
+        "--anomalous", type=Path, nargs="+", required=True, metavar="FILE", help="anomalous test sessions"
+    )
+    parser.add_argument(
+        "--prior",
+        type=float,
+        default=0.0293,
+        help="share of anomalous blocks in nature (default: HDFS_v1's 0.0293)",
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results as JSON")
+    arguments = parser.parse_args()
+    if not 0 < arguments.prior < 1:
+        raise UserError(f"--prior {arguments.prior:g}: a share between 0 and 1 is needed, such as 0.03")
+    started = time.monotonic()
+    settings = load_settings(arguments.config)
+    bundle = Bundle.load(settings.model.path)
+    threshold = Threshold.load(settings.calibration.path)
+    threshold.check(
+        bundle,
+        every=settings.scoring.every,
+        idle_timeout_ms=round(settings.windows.idle_timeout.total_seconds() * 1000),
+        path=settings.calibration.path,
+    )
+    normal = read_normal(arguments.normal).sessions
+    anomalous = [session for path in arguments.anomalous for session in read_sessions(path).sessions
+                 if session.anomalous is not False]  # fmt: skip
+    for sessions, option in ((normal, "--normal"), (anomalous, "--anomalous")):
+        if not sessions:
+            raise UserError(f"{option}: the files hold no such session; check their labels")
+
+    scorer = Scorer(bundle, threshold.strategy, choose(settings.device))
+    result = evaluate(normal, anomalous, scorer, threshold, arguments.prior)
+    _show(result, threshold)
+    console.print(f"{time.monotonic() - started:.0f} s in all")
+    if arguments.json:
+        try:
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{arguments.json}: cannot write the results ({error.strerror})") from None
+
+
+def evaluate(
+    normal: list[Session], anomalous: list[Session], scorer: Scorer, threshold: Threshold, prior: float
+) -> dict[str, Any]:
+    """Return the measures of a model and its calibration on labelled sessions; see the README for the keys."""
+    with progress_bar("scoring sessions", len(normal) + len(anomalous)) as advance:
+        healthy = block_scores(normal, scorer, every=threshold.every, report=advance)
+        failing = block_scores(anomalous, scorer, every=threshold.every, report=advance)
+    truth = np.repeat([0, 1], [len(normal), len(anomalous)])
+    scores = np.concatenate([healthy.blocks, failing.blocks])
+    weights = np.where(truth == 1, prior / len(anomalous), (1 - prior) / len(normal))
+    precision, recall, _ = precision_recall_curve(truth, scores, sample_weight=weights)
+    calibration = np.repeat(threshold.scores, threshold.counts)
+    return {
+        "n_normal": len(normal),
+        "n_anomalous": len(anomalous),
+        "prior": prior,
+        "auc": float(roc_auc_score(truth, scores)),
+        "average_precision": float(average_precision_score(truth, scores, sample_weight=weights)),
+        "best_f1": float(_f1(precision, recall).max()),
+        "at": [asdict(_at(q, calibration, healthy.blocks, failing.blocks, prior)) for q in QUANTILES],
+        "delay": _delay(failing, threshold),
+        "classification_report": classification_report(
+            truth,
+            (scores > threshold.threshold).astype(int),
+            target_names=["normal", "anomalous"],
+            sample_weight=weights * len(truth),
+            output_dict=True,
+            zero_division=0.0,
+        ),
+        "strategy": threshold.strategy,
+        "model": threshold.model,
+    }
+
+
+def _at(
+    q: float,
+    calibration: NDArray[np.float64],
+    normal: NDArray[np.float64],
+    anomalous: NDArray[np.float64],
+    prior: float,
+) -> OperatingPoint:
+    if len(calibration) < blocks_needed(q):
+        return OperatingPoint(q, *[None] * 10)
+    limit = conformal_quantile(calibration, q)
+    false_positives, true_positives = int((normal > limit.value).sum()), int((anomalous > limit.value).sum())
+    alarms, recall = false_positives / len(normal), true_positives / len(anomalous)
+    flagged = prior * recall + (1 - prior) * alarms
+    precision = prior * recall / flagged if flagged else 0.0
+    return OperatingPoint(
+        q=q,
+        threshold=limit.value,
+        bound=limit.bound,
+        false_alarm_rate=alarms,
+        recall=recall,
+        precision=precision,
+        f1=float(_f1(np.array(precision), np.array(recall))),
+        true_positives=true_positives,
+        false_positives=false_positives,
+        true_negatives=len(normal) - false_positives,
+        false_negatives=len(anomalous) - true_positives,
+    )
+
+
+def _f1(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> NDArray[np.float64]:
+    both = precision + recall
+    return np.divide(2 * precision * recall, both, out=np.zeros_like(both), where=both > 0)
+
+
+def _delay(failing: BlockScores, threshold: Threshold) -> dict[str, float | None]:
+    """Return when detected anomalous blocks are first flagged, at the calibrated threshold.
+
+    The closing look counts as the whole block: `median_fraction` 1 means that it took the end to know.
+    """
+    events, fractions, closing = [], [], 0
+    for looks, length in zip(failing.looks, failing.lengths.tolist(), strict=True):
+        over = looks > threshold.threshold
+        if over.any():
+            first = int(over.argmax())
+            closing += first == len(looks) - 1
+            seen = min((first + 1) * threshold.every, length)
+            events.append(seen)
+            fractions.append(seen / length)
+    if not events:
+        return {"median_events": None, "median_fraction": None, "only_at_close": None}
+    return {
+        "median_events": float(np.median(events)),
+        "median_fraction": float(np.median(fractions)),
+        "only_at_close": closing / len(events),
+    }
+
+
+def _show(result: dict[str, Any], threshold: Threshold) -> None:
+    table = Table(title=f"{result['n_normal']:,} normal and {result['n_anomalous']:,} anomalous blocks, "
+                  f"{result['prior']:.2%} of blocks anomalous in nature")  # fmt: skip
+    for heading in (
+        "q",
+        "threshold",
+        "bound",
+        "false alarms",
+        "recall",
+        "precision",
+        "F1",
+        "TP",
+        "FP",
+        "TN",
+        "FN",
+    ):
+        table.add_column(heading, justify="right")
+    for at in result["at"]:
+        if at["threshold"] is None:
+            table.add_row(f"{at['q']:g}", f"needs {blocks_needed(at['q']):,} calibration blocks")
+            continue
+        table.add_row(
+            f"{at['q']:g}", f"{at['threshold']:.4f}", f"{at['bound']:.4%}", f"{at['false_alarm_rate']:.4%}",
+            *(f"{at[key]:.4f}" for key in ("recall", "precision", "f1")),
+            *(f"{at[key]:,}" for key in ("true_positives", "false_positives", "true_negatives", "false_negatives")),
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"ROC-AUC {result['auc']:.5f}, average precision {result['average_precision']:.4f}, "
+        f"best possible F1 {result['best_f1']:.4f}"
+    )
+    delay = result["delay"]
+    if delay["median_events"] is not None:
+        console.print(
+            f"at q = {threshold.quantile:g} a failing block is first flagged after {delay['median_events']:g} events, "
+            f"{delay['median_fraction']:.0%} of its length (medians); {delay['only_at_close']:.1%} only when they close"
+        )
+    console.print(f"classification report at q = {threshold.quantile:g}, weighted to nature:")
+    rows = Table("", "precision", "recall", "f1-score")
+    for name in ("normal", "anomalous", "macro avg", "weighted avg"):
+        row = result["classification_report"][name]
+        rows.add_row(name, *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1-score")))
+    console.print(rows)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,195 @@
+"""`python -m scripts.replay`: plays a file into the log topic, as the systems that wrote it would have."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from consumer.settings import EventSettings, Settings, load_settings
+from consumer.topics import TopicSpec, ensure_topics
+from model.cli import argument_parser, console, run
+from model.errors import UserError
+from model.sessions import Event, read_events
+
+FLUSH_SECONDS = 60.0
+
+
+@dataclass
+class Replayed:
+    """What a replay did."""
+
+    events: int = 0
+    tombstones: int = 0
+    blocks: int = 0
+    failed: int = 0
+    failure: str = ""
+
+
+def main() -> None:
+    """Play the file, showing progress, and say what was done."""
+    parser = argument_parser("scripts.replay", "Play a session or event file into the log topic.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="event CSV, session JSONL or Event_traces.csv")
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument("--rate", type=float, metavar="N", help="events a second (default: as fast as Kafka takes them)")
+    pace.add_argument("--speed", type=float, metavar="X", help="play timestamps at X times real time")
+    parser.add_argument("--tombstones", action="store_true", help="end each block after its last event in the file")
+    keyed = parser.add_mutually_exclusive_group()
+    keyed.add_argument("--keyed", action="store_true", default=True, help="key = block id (default)")
+    keyed.add_argument("--unkeyed", dest="keyed", action="store_false", help="no key: blocks spread over partitions")
+    arguments = parser.parse_args()
+    settings = load_settings(arguments.config)
+    for option in ("rate", "speed"):
+        value = getattr(arguments, option)
+        if value is not None and value <= 0:
+            raise UserError(f"--{option} {value:g}: a number above zero is needed")
+    if arguments.tombstones and not arguments.keyed:
+        raise UserError("--tombstones needs keys: a tombstone names its block by its key; leave out --unkeyed")
+
+    lasts = Counter(event.block_id for event in read_events(arguments.file))
+    total = sum(lasts.values())
+    ensure_topics(settings, [TopicSpec(settings.topics.events)])
+    started = time.monotonic()
+    with Progress(
+        TextColumn(f"replaying {arguments.file.name}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:,} of {task.total:,} events"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task("", total=total)
+        done = replay(
+            settings,
+            paced(read_events(arguments.file), rate=arguments.rate, speed=arguments.speed),
+            keyed=arguments.keyed,
+            last_events=lasts if arguments.tombstones else None,
+            report=lambda events: bar.update(task, completed=events),
+        )
+    seconds = time.monotonic() - started
+    if done.failed:
+        raise UserError(f"{done.failed:,} messages were not delivered to {settings.topics.events}: {done.failure}")
+    tombstones = f", {done.tombstones:,} tombstones" if done.tombstones else ""
+    console.print(
+        f"{done.events:,} events of {len(lasts):,} blocks{tombstones} into {settings.topics.events} "
+        f"in {seconds:.1f} s ({done.events / seconds:,.0f} events/s)"
+    )
+
+
+def replay(
+    settings: Settings,
+    events: Iterator[Event],
+    *,
+    keyed: bool = True,
+    last_events: Counter[str] | None = None,
+    report: Callable[[int], None] = lambda _: None,
+) -> Replayed:
+    """Produce `events` in order; with `last_events` (events of each block) a tombstone after each block's last.
+
+    Raises:
+        UserError: Kafka refuses.
+    """
+    done = Replayed()
+    sink = _Sink(settings, done)
+    left = Counter(last_events)
+    encode = encoder(settings.events)
+    try:
+        for event in events:
+            key = event.block_id.encode() if keyed else None
+            sink.produce(key, encode(event))
+            done.events += 1
+            left[event.block_id] -= 1
+            if left[event.block_id] == 0:
+                sink.produce(key, None)
+                done.tombstones += 1
+            if done.events % 1000 == 0:
+                report(done.events)
+    finally:
+        sink.close()
+    report(done.events)
+    return done
+
+
+class _Sink:
+    """A producer that waits when Kafka is behind and counts what was not delivered."""
+
+    def __init__(self, settings: Settings, done: Replayed) -> None:
+        self._topic = settings.topics.events
+        self._done = done
+        try:
+            self._producer = Producer(
+                {"linger.ms": 20, "queue.buffering.max.messages": 200_000}
+                | settings.kafka.for_producer()
+                | {"enable.idempotence": True, "log_level": 3}  # below: news of things that librdkafka mends itself
+            )
+        except KafkaException as error:
+            raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
+
+    def produce(self, key: bytes | None, value: bytes | None) -> None:
+        while True:
+            try:
+                self._producer.produce(self._topic, value, key, on_delivery=self._on_delivery)
+            except BufferError:
+                self._producer.poll(0.1)
+            else:
+                self._producer.poll(0)
+                return
+
+    def close(self) -> None:
+        lost = self._producer.flush(FLUSH_SECONDS)
+        if lost:
+            self._done.failed += lost
+            self._done.failure = self._done.failure or f"no broker took them within {FLUSH_SECONDS:.0f} s"
+
+    def _on_delivery(self, error: KafkaError | None, _: Message) -> None:
+        if error is not None:
+            self._done.failed += 1
+            self._done.failure = error.str()
+
+
+def encoder(fields: EventSettings) -> Callable[[Event], bytes]:
+    """Return what turns an event into a message value with the configured field names."""
+    encode = msgspec.json.Encoder().encode
+
+    def value(event: Event) -> bytes:
+        item: dict[str, Any] = {
+            fields.block_id: event.block_id,
+            fields.event_id: event.event_id,
+            fields.timestamp: event.timestamp,
+        }
+        return encode(item)
+
+    return value
+
+
+def paced(
+    events: Iterator[Event],
+    *,
+    rate: float | None = None,
+    speed: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Event]:
+    """Yield events no sooner than `rate` a second, or than their timestamps at `speed` times real time."""
+    start = clock()
+    first: int | None = None
+    for number, event in enumerate(events):
+        due = start
+        if rate is not None:
+            due += number / rate
+        elif speed is not None:
+            first = event.timestamp if first is None else first
+            due += (event.timestamp - first) / 1000 / speed
+        ahead = due - clock()
+        if ahead > 0.001:
+            sleep(ahead)
+        yield event
+
+
+if __name__ == "__main__":
+    run(main)
