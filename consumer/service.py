@@ -37,7 +37,7 @@ class Service:
         self._committed: dict[int, int] = {}
         self._active: dict[int, float] = {}
         self._failure: str | None = None
-        self.events = self.alerts = self.dead_letters = 0
+        self.messages = self.alerts = self.dead_letters = 0
 
     def run(self, stop: Event) -> None:
         """Work until `stop` is set, then publish and commit what is done and leave the group.
@@ -107,7 +107,7 @@ class Service:
     def summary(self) -> str:
         """Return where things stand, in a line."""
         return (
-            f"{self.events:,} events, {self._detector.looks:,} looks, {self._detector.scored:,} windows scored, "
+            f"{self.messages:,} messages, {self._detector.looks:,} looks, {self._detector.scored:,} windows scored, "
             f"{self.alerts:,} alerts, {self.dead_letters:,} dead letters, {self._detector.open_blocks:,} open blocks"
         )
 
@@ -121,6 +121,7 @@ class Service:
             partition, offset = message.partition(), message.offset()
             if partition not in self._active or offset < self._positions.get(partition, 0):
                 continue  # no longer ours, or seen before a rebalance gave the partition back
+            self.messages += 1
             self._positions[partition] = offset + 1
             self._active[partition] = time.monotonic()
             batch = batches.get(partition)
@@ -131,7 +132,6 @@ class Service:
             except Undecodable as reason:
                 self._bury(message, str(reason))
         if batches:
-            self.events += sum(map(len, batches.values()))
             self._publish(self._detector.process(batches))
 
     def _close_silent(self) -> None:

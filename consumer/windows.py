@@ -1,8 +1,8 @@
 """Rolling windows of the blocks of one partition: event columns in, look columns out.
 
-A session is a row of preallocated arrays. One compiled loop (`consumer.kernel`) appends events, closes sessions and writes every
-due look. Sessions hang in a list ordered by last activity, so the next one to expire is always its head: closing
-costs nothing per event and needs no timers.
+A session is a row of preallocated arrays. One compiled loop (`consumer.kernel`) appends events, closes sessions and
+writes every due look. Sessions hang in a list ordered by last activity, so the next one to expire is always its
+head: closing costs nothing per event and needs no timers.
 
 The outcome is a function of the event sequence alone: how it is cut into batches changes nothing. That is why
 expiry is decided event by event, and why a block's event first expires the block's own session.

@@ -108,8 +108,7 @@ class Scorer:
 
 def on_grid(values: NDArray[np.floating]) -> NDArray[np.float64]:
     """Round to multiples of `GRID`; the result prints with four decimals."""
-    rounded: NDArray[np.float64] = np.round(values.astype(np.float64), 4)
-    return rounded
+    return np.asarray(np.round(values, 4), np.float64)
 
 
 def _pool(surprisal: Tensor, real: Tensor, strategy: Strategy) -> Tensor:

@@ -279,7 +279,7 @@ def _table(path: Path, lines: Iterator[str]) -> tuple[list[str], Iterator[tuple[
                 if not row:
                     continue
                 raise UserError(
-                    f"{path}, line {reader.line_num}: {len(row)} columns, but the header has {len(header)}; mend the line"
+                    f"{path}, line {reader.line_num}: {len(row)} columns, but the header has {len(header)}; mend it"
                 )
             yield reader.line_num, row
 

@@ -185,30 +185,21 @@ def _delay(failing: BlockScores, threshold: Threshold) -> dict[str, float | None
 def _show(result: dict[str, Any], threshold: Threshold) -> None:
     table = Table(title=f"{result['n_normal']:,} normal and {result['n_anomalous']:,} anomalous blocks, "
                   f"{result['prior']:.2%} of blocks anomalous in nature")  # fmt: skip
-    for heading in (
-        "q",
-        "threshold",
-        "bound",
-        "false alarms",
-        "recall",
-        "precision",
-        "F1",
-        "TP",
-        "FP",
-        "TN",
-        "FN",
-    ):
+    for heading in ("q", "threshold", "false alarms", "bound", "recall", "precision", "F1"):
         table.add_column(heading, justify="right")
+    counts = Table("q", "failing, flagged", "failing, missed", "normal, flagged", "normal, silent", title="confusion")
     for at in result["at"]:
         if at["threshold"] is None:
             table.add_row(f"{at['q']:g}", f"needs {blocks_needed(at['q']):,} calibration blocks")
             continue
         table.add_row(
-            f"{at['q']:g}", f"{at['threshold']:.4f}", f"{at['bound']:.4%}", f"{at['false_alarm_rate']:.4%}",
+            f"{at['q']:g}", f"{at['threshold']:.4f}", f"{at['false_alarm_rate']:.3%}", f"{at['bound']:.3%}",
             *(f"{at[key]:.4f}" for key in ("recall", "precision", "f1")),
-            *(f"{at[key]:,}" for key in ("true_positives", "false_positives", "true_negatives", "false_negatives")),
         )  # fmt: skip
+        cells = ("true_positives", "false_negatives", "false_positives", "true_negatives")
+        counts.add_row(f"{at['q']:g}", *(f"{at[key]:,}" for key in cells))
     console.print(table)
+    console.print(counts)
     console.print(
         f"ROC-AUC {result['auc']:.5f}, average precision {result['average_precision']:.4f}, "
         f"best possible F1 {result['best_f1']:.4f}"

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from consumer.threshold import Threshold
+from model.bundle import Bundle
+from model.network import Autoencoder, Shape
+from model.scoring import Scorer
+from model.vocabulary import END, UNK, Vocabulary
+
+WINDOW = 6
+
+
+@pytest.fixture(scope="session")
+def bundle():
+    """An untrained network that finds END and UNK surprising; its scores are as exact as a trained one's."""
+    torch.manual_seed(7)
+    vocabulary = Vocabulary(("a", "b", "c", "d"), {"a": "template of a"})
+    network = Autoencoder(Shape(len(vocabulary), WINDOW, 16, 2, 1, 16)).eval()
+    with torch.no_grad():
+        network.bias[[END, UNK]] = -8  # as after training: rarely expected
+    return Bundle(network, vocabulary)
+
+
+@pytest.fixture(scope="session")
+def scorer(bundle):
+    return Scorer(bundle)
+
+
+@pytest.fixture(scope="session")
+def make_threshold(bundle):
+    def make(value, *, every=1, idle_timeout_ms=1000):
+        return Threshold(
+            threshold=value, strategy="max", quantile=0.5, bound=0.5, blocks=4, expected_alerts_per_million=500_000,
+            window=WINDOW, every=every, idle_timeout_ms=idle_timeout_ms, model=bundle.fingerprint,
+            score_quantiles={}, scores=(0.5, 1.0, 2.0), counts=(1, 2, 1),
+        )  # fmt: skip
+
+    return make

@@ -1,0 +1,182 @@
+"""Alerts: what is said, when it is said again, and that batches, partitions and caches change nothing."""
+
+import itertools
+import json
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consumer.alerts import schema
+from consumer.detector import Detector
+from consumer.events import TOMBSTONE, EventBatch
+from model.vocabulary import BOS, END, PAD, UNK
+
+NAMES = ["a", "b", "c", "d", "never seen"]
+
+
+def validate(alert):
+    jsonschema.validate(
+        json.loads(alert.encode()),
+        schema(),
+        cls=jsonschema.Draft202012Validator,
+        format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER,
+    )
+
+
+def batch_of(bundle, events, first_offset=0):
+    """`events`: (block, event id or None for a tombstone, time)."""
+    batch = EventBatch()
+    for place, (block, name, time) in enumerate(events):
+        token = TOMBSTONE if name is None else bundle.vocabulary.tokens.get(name, UNK)
+        batch.blocks.append(block)
+        batch.tokens.append(token)
+        batch.times.append(time)
+        batch.offsets.append(first_offset + place)
+        if token == UNK:
+            batch.unknown[place] = name
+    return batch
+
+
+def run(scorer, threshold, events, *, cuts=(), partition=3, cache_windows=1000, close=False):
+    detector = Detector(scorer, threshold, topic="logs", cache_windows=cache_windows)
+    detector.assign(partition)
+    edges = [0, *sorted({cut % (len(events) + 1) for cut in cuts}), len(events)]
+    alerts = []
+    for begin, end in itertools.pairwise(edges):
+        alerts += detector.process({partition: batch_of(scorer.bundle, events[begin:end], begin)})
+    return alerts + (detector.close(partition) if close else [])
+
+
+def by_block(alerts):
+    blocks = {}
+    for alert in alerts:
+        blocks.setdefault(alert.block_id, []).append(alert.encode())
+    return blocks
+
+
+stream = st.lists(
+    st.tuples(st.sampled_from("XYZ"), st.sampled_from([*NAMES, None]), st.integers(0, 3000)), min_size=1, max_size=60
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(stream, st.lists(st.integers(0, 100), max_size=6), st.floats(0, 3))
+def test_batch_cuts_and_cache_size_change_no_byte_of_any_alert(scorer, make_threshold, events, cuts, limit):
+    threshold = make_threshold(limit)
+    whole = run(scorer, threshold, events, close=True)
+    cut = run(scorer, threshold, events, cuts=cuts, cache_windows=2, close=True)
+    assert by_block(cut) == by_block(whole)
+
+
+@settings(max_examples=60, deadline=None)
+@given(stream, st.floats(0, 3))
+def test_alerts_are_those_of_a_plain_reading_of_the_rules(scorer, make_threshold, events, limit):
+    """One look at a time, scored alone: nothing shared with the detector but the network."""
+    threshold = make_threshold(limit, idle_timeout_ms=10**6)
+    found = [(alert.block_id, alert.revision, alert.offender.position, alert.score, alert.reason)
+             for alert in run(scorer, threshold, events)]  # fmt: skip
+    vocabulary, window = scorer.bundle.vocabulary, scorer.bundle.window
+    sessions, said, expected = {}, {}, []
+    for block, name, _ in events:
+        if name is None and block not in sessions:
+            continue
+        tokens = sessions.setdefault(block, [])
+        if name is not None:
+            tokens.append(vocabulary.tokens.get(name, UNK))
+        shown = tokens[-window:]
+        why = scorer.explain(_row(shown, window, closing=name is None))
+        position = len(tokens) - len(shown) + why.offender + 1
+        revision, score, where = said.get(block, (0, limit, None))
+        if why.score > score and position != where:
+            said[block] = (revision + 1, why.score, position)
+            reason = "truncated" if name is None and why.offender == len(shown) else "event"
+            expected.append((block, revision + 1, position, why.score, reason))
+        if name is None:
+            sessions.pop(block)
+            said.pop(block, None)
+    assert found == expected
+
+
+def _row(tokens, window, *, closing):
+    row = [BOS, *tokens, *([END] if closing else [])]
+    return np.array(row + [PAD] * (window + 2 - len(row)), np.uint16)
+
+
+@settings(max_examples=40, deadline=None)
+@given(stream.filter(lambda events: any(name for _, name, _ in events)))
+def test_every_alert_is_valid_against_the_shipped_schema(scorer, make_threshold, events):
+    alerts = run(scorer, make_threshold(0.0), events, close=True)
+    assert alerts
+    for alert in alerts:
+        validate(alert)
+
+
+def test_the_schema_refuses_what_is_no_alert(scorer, make_threshold):
+    (alert, *_) = run(scorer, make_threshold(0.0), [("X", "a", 0)])
+    wrong = json.loads(alert.encode()) | {"reason": "because"}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema(), cls=jsonschema.Draft202012Validator)
+
+
+def test_an_alert_says_what_happened_where(scorer, make_threshold):
+    events = [("X", "a", 1000), ("Y", "b", 1500), ("X", "never seen", 2000)]
+    alert = next(item for item in run(scorer, make_threshold(0.0, idle_timeout_ms=10**6), events)
+                 if item.block_id == "X" and item.events_seen == 2)  # fmt: skip
+    assert [event.event_id for event in alert.window] == ["a", "never seen"]
+    assert alert.offender.event_id == "never seen"
+    assert alert.offender.position == 2
+    assert alert.offender.surprisal == max(event.surprisal for event in alert.window) == alert.score
+    assert alert.offender.offset == 2
+    assert alert.offender.event_id not in {other.event_id for other in alert.offender.expected}
+    assert (alert.source.topic, alert.source.partition) == ("logs", 3)
+    assert (alert.source.first_offset, alert.source.last_offset) == (0, 2)
+    assert (alert.first_event_time, alert.last_event_time) == ("1970-01-01T00:00:01.000Z", "1970-01-01T00:00:02.000Z")
+    assert alert.score > 2.0
+    assert alert.p_value == 0.2, "none of the four calibration blocks scores as high: 1 / 5"
+
+
+def test_a_block_cut_short_is_truncated(scorer, make_threshold):
+    limit = scorer.explain(_row([4], 6, closing=False)).score
+    alerts = run(scorer, make_threshold(limit), [("X", "a", 0), ("X", None, 0)])
+    (alert,) = (item for item in alerts if item.reason == "truncated")
+    assert alert.offender.event_id == "<END>"
+    assert alert.offender.position == 2
+    assert alert.offender.offset == 0
+    assert [event.event_id for event in alert.window] == ["a", "<END>"]
+
+
+def test_a_new_session_of_a_block_has_an_alert_of_its_own(scorer, make_threshold):
+    alerts = run(scorer, make_threshold(0.0), [("X", "a", 0), ("X", None, 0), ("X", "a", 0)])
+    assert len({alert.alert_id for alert in alerts}) == 2
+    assert [alert.revision for alert in alerts if alert.source.first_offset == 2] == [1]
+
+
+def test_equal_to_the_threshold_is_silent(scorer, make_threshold):
+    score = scorer.explain(_row([4], 6, closing=False)).score
+    assert run(scorer, make_threshold(score), [("X", "a", 0)]) == []
+    assert len(run(scorer, make_threshold(score - 1e-4), [("X", "a", 0)])) == 1
+
+
+def test_each_distinct_window_is_scored_once(scorer, make_threshold):
+    detector = Detector(scorer, make_threshold(100.0), topic="logs", cache_windows=1000)
+    detector.assign(0)
+    events = [(f"b{number}", name, 0) for number in range(50) for name in ("a", "b")]
+    detector.process({0: batch_of(scorer.bundle, events)})
+    assert detector.looks == 100
+    assert detector.scored == 2
+    assert detector.open_blocks == 50
+
+
+def test_partitions_are_independent_and_go_with_their_sessions(scorer, make_threshold):
+    detector = Detector(scorer, make_threshold(0.0, idle_timeout_ms=10**6), topic="logs", cache_windows=1000)
+    for partition in (0, 1):
+        detector.assign(partition)
+    event = batch_of(scorer.bundle, [("X", "a", 0)])
+    alerts = detector.process({0: event, 1: event})
+    assert sorted(alert.source.partition for alert in alerts) == [0, 1]
+    assert len({alert.alert_id for alert in alerts}) == 2
+    detector.revoke(0)
+    assert detector.open_blocks == 1

@@ -1,0 +1,178 @@
+"""The window store against a plain oracle that reads like DESIGN: dictionaries, lists, no arrays."""
+
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consumer.events import TOMBSTONE, EventBatch
+from consumer.windows import MAX_LOOKS, WindowStore
+from model.vocabulary import BOS, END, PAD, UNK
+
+WINDOW, IDLE = 5, 10
+
+
+@dataclass
+class OpenSession:
+    seen: int
+    events: list = field(default_factory=list)  # (token, offset, time)
+
+
+def look(block, session, *, closing):
+    shown = session.events[-WINDOW:]
+    return {
+        "block": block,
+        "closing": closing,
+        "count": len(session.events),
+        "tokens": [BOS, *(token for token, _, _ in shown), *([END] if closing else [])],
+        "offsets": [offset for _, offset, _ in shown],
+        "times": [time for _, _, time in shown],
+        "first": session.events[0][1:],
+        "last": session.events[-1][1:],
+    }
+
+
+def oracle(events, every):
+    """Apply the rules one event at a time."""
+    sessions, watermark, looks = {}, None, []
+    for offset, (block, token, time) in enumerate(events):
+        if token == TOMBSTONE:
+            if block in sessions:
+                looks.append(look(block, sessions.pop(block), closing=True))
+            continue
+        watermark = time if watermark is None else max(watermark, time)
+        expired = [(session.seen, session.events[-1][1], name) for name, session in sessions.items()
+                   if session.seen + IDLE < watermark]  # fmt: skip
+        looks.extend(look(name, sessions.pop(name), closing=True) for _, _, name in sorted(expired))
+        session = sessions.setdefault(block, OpenSession(watermark))
+        session.events.append((token, offset, time))
+        session.seen = watermark
+        if len(session.events) % every == 0:
+            looks.append(look(block, session, closing=False))
+    looks_at_end = {name: look(name, session, closing=True) for name, session in sessions.items()}
+    return looks, looks_at_end
+
+
+def seen(store, portions):
+    looks = []
+    for portion in portions:
+        for fact, row, offsets, times in zip(
+            portion.facts, portion.rows.tolist(), portion.offsets.tolist(), portion.times.tolist(), strict=True
+        ):
+            length = int(fact["length"])
+            used = 1 + length + int(fact["closing"])
+            assert set(row[used:]) <= {PAD}
+            looks.append(
+                {
+                    "block": store.block(fact["slot"]),
+                    "closing": bool(fact["closing"]),
+                    "count": int(fact["count"]),
+                    "tokens": row[:used],
+                    "offsets": offsets[:length],
+                    "times": times[:length],
+                    "first": (int(fact["first_offset"]), int(fact["first_time"])),
+                    "last": (int(fact["last_offset"]), int(fact["last_time"])),
+                }
+            )
+    return looks
+
+
+def batches(events, cuts):
+    edges = [0, *sorted({cut % (len(events) + 1) for cut in cuts}), len(events)]
+    for begin, end in itertools.pairwise(edges):
+        some = events[begin:end]
+        yield EventBatch(
+            blocks=[block for block, _, _ in some],
+            tokens=[token for _, token, _ in some],
+            times=[time for _, _, time in some],
+            offsets=list(range(begin, end)),
+            unknown={place: f"name {begin + place}" for place, (_, token, _) in enumerate(some) if token == UNK},
+        )
+
+
+event = st.tuples(
+    st.sampled_from("ABCDE"),
+    st.sampled_from([TOMBSTONE, UNK, 4, 5, 6, 7]),
+    st.integers(0, 60) | st.just(500),
+)
+
+
+def in_time_order(events):
+    times = sorted(time for _, _, time in events)
+    return [(block, token, time) for (block, token, _), time in zip(events, times, strict=True)]
+
+
+streams = st.lists(event, max_size=120)
+
+
+@settings(max_examples=300, deadline=None)
+@given(streams | streams.map(in_time_order), st.lists(st.integers(0, 200), max_size=8), st.integers(1, 4))
+def test_any_interleaving_cut_anywhere_gives_the_looks_of_the_oracle(events, cuts, every):
+    store = WindowStore(window=WINDOW, every=every, idle_timeout=IDLE)
+    looks = [found for batch in batches(events, cuts) for found in seen(store, store.apply(batch))]
+    expected, at_end = oracle(events, every)
+    assert looks == expected
+    assert store.open_blocks == len(at_end)
+    last = {found["block"]: found for found in seen(store, store.close_all())}
+    assert last == at_end
+    assert store.open_blocks == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(streams, st.lists(st.integers(0, 200), max_size=8))
+def test_the_names_of_unknown_events_in_the_window_are_known(events, cuts):
+    store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
+    for batch in batches(events, cuts):
+        for looks in store.apply(batch):
+            for place, fact in enumerate(looks.facts):
+                names = store.unknown(int(fact["slot"]))
+                for token, offset in zip(looks.rows[place, 1:], looks.offsets[place, : fact["length"]], strict=False):
+                    assert token != UNK or names[int(offset)] == f"name {offset}"
+    for slot in set(store._slots.values()):
+        assert len(store.unknown(slot)) <= WINDOW, "names of events that left the window are forgotten"
+
+
+@settings(max_examples=100, deadline=None)
+@given(streams)
+def test_equal_windows_have_equal_hashes_and_different_ones_different(events):
+    store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
+    hashes = {}
+    for batch in batches(events, []):
+        for looks in store.apply(batch):
+            for row, digest in zip(looks.rows.tolist(), looks.facts["hash"].tolist(), strict=True):
+                assert hashes.setdefault(tuple(row), digest) == digest
+    assert len(set(hashes.values())) == len(hashes)
+
+
+def test_a_jump_of_the_watermark_closes_more_sessions_than_fit_into_one_portion():
+    store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
+    count = 2 * MAX_LOOKS + 17
+    many = EventBatch([f"b{n}" for n in range(count)], [4] * count, [0] * count, list(range(count)))
+    assert sum(map(len, store.apply(many))) == count
+    jump = EventBatch(["late"], [5], [IDLE + 1], [count])
+    portions = [(len(looks), int(looks.facts["closing"].sum())) for looks in store.apply(jump)]
+    assert sum(size for size, _ in portions) == count + 1
+    assert sum(closing for _, closing in portions) == count
+    assert max(size for size, _ in portions) <= MAX_LOOKS
+    assert store.open_blocks == 1
+
+
+def test_rows_are_used_again():
+    store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
+    for number in range(5000):
+        some = EventBatch([f"b{number}"] * 2, [4, TOMBSTONE], [number, 0], [2 * number, 2 * number + 1])
+        assert sum(map(len, store.apply(some))) == 2
+    assert len(store._sessions) == 1024
+
+
+@pytest.mark.parametrize("lateness", [0, 5])
+def test_a_session_lives_its_idle_timeout_after_its_last_event_arrived(lateness):
+    store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
+    batch = EventBatch(["A", "B", "A", "A"], [4] * 4, [100, 100, 100 - lateness, 100 + IDLE], list(range(4)))
+    closing = np.concatenate([looks.facts["closing"] for looks in store.apply(batch)])
+    assert not closing.any()
+    assert store.open_blocks == 2
+    assert store.watermark == 110
