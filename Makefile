@@ -1,14 +1,15 @@
-# `make test` on a fresh machine makes .venv itself.
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv themselves.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format clean
+.PHONY: help demo test lint format clean
 
 help:
-	@echo "make test    set up and run every test"
+	@echo "make demo    set up, train, calibrate, stream and show alerts (no Kafka needed)"
+	@echo "make test    set up and run every test, on a real Apache Kafka (needs Java 17+ and Maven)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff format"
 	@echo "make clean   remove .venv, .cache and artifacts"
@@ -19,6 +20,9 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m scripts.demo
 
 test: $(READY)
 	$(BIN)/python -m pytest

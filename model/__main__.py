@@ -40,8 +40,9 @@ def main() -> None:
     templates = _templates(arguments.templates, arguments.normal[0])
     vocabulary = Vocabulary.of((session.events for session in normal.sessions), templates)
     sequences = [vocabulary.encode(session.events) for session in normal.sessions]
+    described = len(vocabulary.templates.keys() & set(vocabulary.events))
     console.print(
-        f"{len(vocabulary.events)} event ids ({len(vocabulary.templates)} with a template), "
+        f"{len(vocabulary.events)} event ids ({described} with a template), "
         f"{len(set(map(tuple, sequences))):,} distinct sequences, longest {max(map(len, sequences)):,} events"
     )
 

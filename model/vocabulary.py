@@ -25,7 +25,7 @@ MAX_EVENTS = 60_000
 class Vocabulary:
     """The event ids of training, in a fixed order; token = position + `SPECIAL`.
 
-    `templates` gives the text of an event id where it is known.
+    `templates` gives texts of event ids; it may know ids that training never saw, which is when a text helps most.
     """
 
     events: tuple[str, ...]
@@ -44,8 +44,7 @@ class Vocabulary:
                 f"the sessions hold {len(events):,} distinct event ids, more than {MAX_EVENTS:,}; "
                 "event ids should name templates, not single log lines"
             )
-        known = templates or {}
-        return cls(events, {event: known[event] for event in events if event in known})
+        return cls(events, templates or {})
 
     def __len__(self) -> int:
         return SPECIAL + len(self.events)

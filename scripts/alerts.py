@@ -15,7 +15,6 @@ from consumer.topics import require_topic
 from model.cli import argument_parser, console, errors, run
 from model.errors import UserError
 
-_COLUMNS = ("time", "block", "score", "offending event", "expected instead", "source")
 _SHOWN = 200
 
 
@@ -40,55 +39,87 @@ def _print(settings: Settings, arguments: Namespace) -> None:
             print(value.decode(), flush=arguments.follow)
     elif arguments.follow:
         for value in values:
-            console.print(_line(_decode(value)), soft_wrap=True)
+            console.print(one_line(_decode(value)), soft_wrap=True)
     else:
         alerts = [_decode(value) for value in values]
-        table = Table(*_COLUMNS, title=f"{len(alerts):,} alerts in {settings.topics.alerts}")
+        table = Table(title=f"{len(alerts):,} alerts in {settings.topics.alerts}")
+        for heading, wide in (
+            ("time", 19),
+            ("block", 12),
+            ("score > threshold", 9),
+            ("what happened, and what was expected", 30),
+        ):
+            table.add_column(heading, min_width=wide, overflow="fold")
         for alert in alerts[-arguments.last :] if arguments.last > 0 else ():
-            table.add_row(*_cells(alert))
+            *facts, what, expected = _cells(alert)
+            table.add_row(*facts, f"{what}\n[dim]expected {expected}[/]")
         console.print(table)
         if len(alerts) > arguments.last:
             errors.print(f"the last {arguments.last:,} are shown; --last N shows more, --json all")
 
 
-def read_alerts(settings: Settings, *, follow: bool = False) -> Iterator[bytes]:
-    """Yield the committed alerts as published, those of a block in order; with `follow` never end.
+class AlertReader:
+    """Reads the committed alerts from the beginning, those of a block in order.
 
     Raises:
         UserError: there is no such topic, or Kafka refuses.
     """
-    topic = settings.topics.alerts
-    partitions = require_topic(settings, topic)
-    group = f"{settings.kafka.group}-alert-reader"  # librdkafka wants one; nothing is ever committed for it
-    consumer = Consumer(
-        settings.kafka.for_consumer()
-        | {
-            "group.id": group,
-            "isolation.level": "read_committed",
-            "enable.auto.commit": False,
-            "enable.partition.eof": True,
-        }
-    )
+
+    def __init__(self, settings: Settings) -> None:
+        self._topic = settings.topics.alerts
+        partitions = range(require_topic(settings, self._topic))
+        self._unread = set(partitions)
+        self._consumer = Consumer(
+            settings.kafka.for_consumer()
+            | {
+                "group.id": f"{settings.kafka.group}-alert-reader",  # librdkafka wants one; nothing is committed for it
+                "isolation.level": "read_committed",
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+            }
+        )
+        self._consumer.assign([TopicPartition(self._topic, number, OFFSET_BEGINNING) for number in partitions])
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all alerts that were there have been read."""
+        return not self._unread
+
+    def poll(self, seconds: float) -> bytes | None:
+        """Return the next alert as published, None when none came within `seconds`."""
+        message = self._consumer.poll(seconds)
+        if message is None:
+            return None
+        error = message.error()
+        if error is None:
+            return message.value()
+        if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's name for it
+            self._unread.discard(message.partition())
+        elif not error.retriable():
+            raise UserError(f"{self._topic}: {error.str()}")
+        return None
+
+    def close(self) -> None:
+        """Give back the connection."""
+        self._consumer.close()
+
+
+def read_alerts(settings: Settings, *, follow: bool = False) -> Iterator[bytes]:
+    """Yield the committed alerts as published; with `follow` never end.
+
+    Raises:
+        UserError: as `AlertReader`.
+    """
+    reader = AlertReader(settings)
     try:
-        consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in range(partitions)])
-        unfinished = set(range(partitions))
-        while follow or unfinished:
-            message = consumer.poll(0.2)
-            if message is None:
-                continue
-            error = message.error()
-            if error is None:
-                value = message.value()
-                if value is not None:
-                    yield value
-            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's name for it
-                unfinished.discard(message.partition())
-            elif not error.retriable():
-                raise UserError(f"{topic}: {error.str()}")
+        while follow or not reader.at_end:
+            value = reader.poll(0.2)
+            if value is not None:
+                yield value
     except KafkaException as error:
-        raise UserError(f"{topic}: {error.args[0].str()}") from None
+        raise UserError(f"{settings.topics.alerts}: {error.args[0].str()}") from None
     finally:
-        consumer.close()
+        reader.close()
 
 
 def _decode(value: bytes) -> Alert:
@@ -100,23 +131,27 @@ def _decode(value: bytes) -> Alert:
 
 def _cells(alert: Alert) -> tuple[str, ...]:
     offender = alert.offender
-    expected = ", ".join(f"{other.event_id} {other.probability:.0%}" for other in offender.expected)
     revision = f" (revision {alert.revision})" if alert.revision > 1 else ""
-    what = offender.event_id + (f": {offender.template}" if offender.template else "")
+    expected = ", ".join(f"{other.event_id} {other.probability:.0%}" for other in offender.expected)
+    if alert.reason == "truncated":
+        what = f"ended after {alert.events_seen} events"
+    else:
+        template = f": {offender.template}" if offender.template else ""
+        what = f"event {offender.position} is {offender.event_id}{template}"
     cells = (
-        alert.last_event_time,
+        alert.last_event_time.replace("T", " ").removesuffix(".000Z").removesuffix("Z"),
         alert.block_id + revision,
         f"{alert.score:.2f} > {alert.threshold:.2f}",
-        f"event {offender.position}, {what}" if alert.reason == "event" else f"ended after {alert.events_seen} events",
+        what,
         expected,
-        f"{alert.source.partition}:{offender.offset}",
     )
     return tuple(map(escape, cells))
 
 
-def _line(alert: Alert) -> str:
-    when, block, score, what, expected, source = _cells(alert)
-    return f"{when}  [bold]{block}[/]  [red]{score}[/]  {what}  [dim]expected {expected}  at {source}[/]"
+def one_line(alert: Alert) -> str:
+    """Return the alert as a line of rich markup."""
+    when, block, score, what, expected = _cells(alert)
+    return f"{when}  [bold]{block}[/]  [red]{score}[/]  {what}  [dim]expected {expected}[/]"
 
 
 if __name__ == "__main__":

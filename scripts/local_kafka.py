@@ -1,6 +1,6 @@
 """`python -m scripts.local_kafka up|status|down`: a real single-node Apache Kafka on this machine.
 
-Its jars come once from Maven into a cache. It listens on loopback only, and all that it writes is in one folder.
+Its jars come from Maven, once. It listens on the loopback address only, and all that it writes is in one folder.
 """
 
 import argparse
@@ -10,14 +10,17 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
-import uuid
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
+from hashlib import sha256
 from pathlib import Path
+from random import SystemRandom
+from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
@@ -25,9 +28,11 @@ from confluent_kafka.admin import AdminClient
 from model.cli import console, run
 from model.errors import UserError
 
-_ROOT = Path(__file__).parents[1]
-_HERE = Path(__file__).with_name("kafka")
-_ELSE = "or name any running broker in kafka.bootstrap.servers"
+_CACHE = Path(__file__).parents[1] / ".cache" / "kafka"
+_POM = Path(__file__).parent / "kafka" / "pom.xml"
+_LOGGING = _POM.with_name("log4j2.properties")
+_INSTEAD = "or use any other broker: name it in kafka.bootstrap.servers"
+_SETTINGS = "server.properties"
 _START_SECONDS = 60.0
 _STOP_SECONDS = 20.0
 
@@ -35,234 +40,284 @@ _PROPERTIES = {
     "process.roles": "broker,controller",
     "node.id": "1",
     "controller.listener.names": "CONTROLLER",
-    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
-    "inter.broker.listener.name": "PLAINTEXT",
-    "offsets.topic.replication.factor": "1",
+    "inter.broker.listener.name": "BROKER",
+    "listener.security.protocol.map": "BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT",
+    "auto.create.topics.enable": "false",
     "offsets.topic.num.partitions": "10",
+    "offsets.topic.replication.factor": "1",
+    "transaction.state.log.num.partitions": "10",
     "transaction.state.log.replication.factor": "1",
     "transaction.state.log.min.isr": "1",
-    "transaction.state.log.num.partitions": "10",
+    "broker.heartbeat.interval.ms": "500",
+    "broker.session.timeout.ms": "3000",  # how long a killed broker must wait before it is let in again: 9 s by default
     "group.initial.rebalance.delay.ms": "0",
-    "group.min.session.timeout.ms": "1000",
-    "auto.create.topics.enable": "false",
-    "log.retention.ms": "-1",
-    "log.segment.bytes": str(256 << 20),
+    "group.min.session.timeout.ms": "1000",  # lets a test notice a dead consumer sooner than after 6 s
+    "log.retention.ms": "-1",  # replayed logs are years old: Kafka would delete them while they are read
 }
+_ADDED = ("listeners", "listener.security.protocol.map")
 
 
 @dataclass
 class LocalKafka:
-    """A broker whose data, log and process id are in `folder` and which listens on 127.0.0.1:`port`.
+    """A broker at 127.0.0.1:`port` whose data, settings, log and process id are in `folder`.
 
-    `properties` are further server properties; `heap` is the JVM's -Xmx.
+    `cache` is where jars are kept between brokers. `properties` are further server properties; they replace those
+    set here, except that listeners and their protocols are added to the plaintext one at `port`.
+
+    The process-id file is locked for as long as the broker lives, since a locked file handle is handed down to it.
+    So a file that outlived its broker is known as stale, even when its number belongs to another process by now.
     """
 
-    folder: Path = _ROOT / ".cache" / "kafka" / "data"
+    folder: Path = _CACHE / "data"
     port: int = 9092
-    cache: Path = _ROOT / ".cache" / "kafka"
+    cache: Path = _CACHE
     properties: Mapping[str, str] = field(default_factory=dict)
-    heap: str = "1g"
+
+    def __post_init__(self) -> None:
+        self.folder = self.folder.resolve()  # the broker runs in it, so that nothing is written elsewhere
+        self.cache = self.cache.resolve()
 
     @property
     def bootstrap(self) -> str:
-        """What belongs into kafka.bootstrap.servers."""
+        """The broker's address, as kafka.bootstrap.servers wants it."""
         return f"127.0.0.1:{self.port}"
 
-    def up(self) -> bool:
-        """Start the broker and return when it answers; False when it was up already.
-
-        Raises:
-            UserError: Java or Maven is missing, the port is taken, or the broker does not start.
-        """
-        if self.pid is not None:
-            self._wait()
-            return False
-        if _taken(self.port):
-            raise UserError(f"port {self.port} is taken by another program; choose one with --port")
-        java = _java()
-        classpath = f"{self._jars()}/*"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        settings = self.folder / "server.properties"
-        settings.write_text("".join(f"{key}={value}\n" for key, value in self._all_properties().items()))
-        if not (self.folder / "data" / "meta.properties").is_file():
-            cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
-            command = [java, "-Xmx256m", "-cp", classpath, "kafka.tools.StorageTool"]
-            done = subprocess.run(
-                [*command, "format", "-t", cluster, "-c", str(settings)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise UserError(f"{self.folder}: Kafka cannot format its storage: {_last_line(done.stderr)}")
-        with self._log.open("ab") as log:
-            process = subprocess.Popen(
-                [
-                    java, "-Xms256m", f"-Xmx{self.heap}",
-                    f"-Dlog4j2.configurationFile={_HERE / 'log4j2.yaml'}",
-                    "-cp", classpath, "kafka.Kafka", str(settings),
-                ],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=self.folder,
-            )  # fmt: skip
-        self._pid_file.write_text(f"{process.pid}\n")
-        self._wait(process)
-        return True
-
-    def down(self, *, purge: bool = False) -> bool:
-        """Stop the broker, with `purge` also remove its folder; False when it was not up."""
-        pid = self.pid
-        if pid is not None:
-            os.kill(pid, signal.SIGTERM)
-            if not self._gone(pid, _STOP_SECONDS):
-                self.kill()
-        if purge:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        else:
-            self._pid_file.unlink(missing_ok=True)
-        return pid is not None
-
-    def kill(self) -> None:
-        """End the broker at once, as a crash would. `up` starts it again on its data."""
-        pid = self.pid
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)
-            self._gone(pid, _STOP_SECONDS)
-
     @property
-    def pid(self) -> int | None:
-        """The broker's process id, None when it does not run."""
-        try:
-            pid = int(self._pid_file.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        return pid if _is_broker(pid) else None
-
-    def _all_properties(self) -> dict[str, str]:
-        control = _free_port()
-        return {
-            **_PROPERTIES,
-            "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{control}",
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
-            "controller.quorum.voters": f"1@127.0.0.1:{control}",
-            "log.dirs": str(self.folder / "data"),
-            **self.properties,
-        }
-
-    @property
-    def _pid_file(self) -> Path:
-        return self.folder / "pid"
-
-    @property
-    def _log(self) -> Path:
+    def log(self) -> Path:
+        """What the broker said since its last start."""
         return self.folder / "kafka.log"
 
+    def is_up(self) -> bool:
+        """Say whether this broker runs and answers."""
+        return self._runs() and self._answers()
+
+    def up(self) -> bool:
+        """Start the broker and return when it answers; return False when it was running already.
+
+        Raises:
+            UserError: Java or Maven is missing, the jars cannot be fetched, the port or the folder is used by
+                something else, or the broker does not come up.
+        """
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not self._pidfile.exists():
+            raise UserError(f"{self.folder} has other things in it; name an empty or a new folder for Kafka's data")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot keep Kafka's data in {self.folder}: {error.strerror}; name another folder"
+            ) from error
+        with self._pidfile.open("a") as lock:
+            try:
+                flock(lock, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                started = False
+                if recorded_port(self.folder) not in (None, self.port):
+                    raise UserError(
+                        f"the Kafka in {self.folder} is up on another port, {recorded_port(self.folder)}; "
+                        "use that port, take it down first, or name another folder"
+                    ) from None
+            else:
+                started = True
+                lock.truncate(0)
+                self._start(lock.fileno())
+        try:
+            with console.status(f"Waiting for Kafka at {self.bootstrap}"):
+                self._await_answer()
+        except BaseException:
+            if started:
+                self.kill()
+            raise
+        return started
+
+    def down(self, *, purge: bool = False) -> bool:
+        """Stop the broker, by force if it takes over 20 s; with `purge` remove its folder too.
+
+        Returns False when it was not running.
+        """
+        ran = self._runs()
+        if ran and not self._end(signal.SIGTERM):
+            self.kill()
+        if purge and self._pidfile.exists():  # never a folder that is not a broker's
+            shutil.rmtree(self.folder)
+        return ran
+
+    def kill(self) -> None:
+        """End the broker at once, as a crash would; `up` starts it again on the same data.
+
+        Raises:
+            UserError: It does not end.
+        """
+        if not self._end(signal.SIGKILL):
+            raise UserError(f"Kafka in {self.folder} does not end; end the process that holds {self._pidfile}")
+
+    @property
+    def _pidfile(self) -> Path:
+        return self.folder / "local_kafka.pid"
+
+    def _runs(self) -> bool:
+        try:
+            with self._pidfile.open() as file:
+                flock(file, LOCK_SH | LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def _answers(self) -> bool:
+        # The client would report on its own that nobody listens yet.
+        client = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0, "error_cb": lambda _: None})
+        try:
+            return bool(client.list_topics(timeout=1).brokers)
+        except KafkaException:
+            return False
+
+    def _start(self, lock: int) -> None:
+        java, jars = _java(), self._jars()
+        if not _is_free(self.port):
+            raise UserError(f"port {self.port} is in use by another program; choose another port, {_INSTEAD}")
+        settings = self.folder / _SETTINGS
+        settings.write_text("".join(f"{key}={value}\n" for key, value in self._server_properties().items()))
+        options = [f"-Dlog4j2.configurationFile={_LOGGING}", f"-Djava.io.tmpdir={self.folder}"]
+        command = [java, "-Xms512m", "-Xmx1g", *options, "-cp", f"{jars}/*"]
+        with self.log.open("wb") as log:
+            if not (self.folder / "data" / "meta.properties").exists():
+                cluster = urlsafe_b64encode(uuid4().bytes).decode().rstrip("=")
+                tool = [*command, "kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(settings)]
+                if subprocess.run(tool, cwd=self.folder, stdout=log, stderr=log, check=False).returncode:
+                    raise UserError(f"Kafka cannot format its storage; its last words:\n{self._last_words()}")
+            # The shell ends at once and leaves the broker to the system: no zombie, no terminal, no Ctrl-C.
+            subprocess.run(
+                ["sh", "-c", '"$@" & echo $! > "$0"', self._pidfile, *command, "kafka.Kafka", settings],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[lock],
+                start_new_session=True,
+                check=True,
+            )
+
+    def _server_properties(self) -> dict[str, str]:
+        controller = free_port()  # only the broker itself uses it, so that each start may have another
+        ours = _PROPERTIES | {
+            "listeners": f"BROKER://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller}",
+            "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+            "log.dirs": str(self.folder / "data"),
+        }
+        added = {key: f"{ours[key]},{self.properties[key]}" for key in _ADDED if key in self.properties}
+        return {**ours, **self.properties, **added}
+
+    def _await_answer(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._answers():
+            if not self._runs():
+                raise UserError(f"Kafka ended while it started; its last words:\n{self._last_words()}")
+            if time.monotonic() > deadline:
+                raise UserError(f"Kafka did not answer within {_START_SECONDS:.0f} s; {self.log} may say why")
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-10:]) or f"none; {self.log} is empty"
+
+    def _end(self, number: signal.Signals) -> bool:
+        """Send the broker a signal and say whether it ended in time."""
+        if self._runs():
+            with suppress(ProcessLookupError, ValueError):  # it has just ended, or is just being started
+                os.kill(int(self._pidfile.read_text()), number)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while self._runs():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
     def _jars(self) -> Path:
-        """Return the folder of jars, fetched first if need be; half a fetch is never mistaken for a whole one."""
-        pom = (_HERE / "pom.xml").read_text()
-        version = re.search(r"<artifactId>kafka_2.13</artifactId>\s*<version>([^<]+)", pom)
-        jars = self.cache / f"jars-{version[1] if version else 'unknown'}"
+        """Return the folder of jars, fetched first if need be."""
+        pom = _POM.read_text()
+        version = pom.split("<kafka.version>")[1].split("<")[0]
+        jars = self.cache / f"jars-{version}-{sha256(pom.encode()).hexdigest()[:8]}"
         if jars.is_dir():
             return jars
         maven = shutil.which("mvn")
         if maven is None:
-            raise UserError(f"Maven (mvn) is not installed, and Kafka's jars come with it; install it, {_ELSE}")
+            raise UserError(f"Maven (mvn), which fetches Kafka, is not installed; install it, {_INSTEAD}")
         self.cache.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(dir=self.cache) as fresh,
-            console.status("fetching Apache Kafka with Maven, once (about 50 MB)"),
-        ):
-            goal = ["dependency:copy-dependencies", f"-DoutputDirectory={fresh}/jars", "-DincludeScope=runtime"]
-            command = [maven, "-q", "-B", "-f", str(_HERE / "pom.xml"), *goal]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        with TemporaryDirectory(dir=self.cache) as fresh, console.status(f"Fetching Kafka {version} (43 MB, once)"):
+            goal = ["dependency:copy-dependencies", f"-DoutputDirectory={fresh}/jars"]
+            done = subprocess.run([maven, "-q", "-B", "-f", _POM, *goal], capture_output=True, text=True, check=False)
             if done.returncode:
-                raise UserError(f"Maven cannot fetch Kafka: {_last_line(done.stdout)}; check the network, {_ELSE}")
-            if not jars.is_dir():
+                reason = (done.stdout + done.stderr).strip().partition("\n")[0] or "it does not say why"
+                raise UserError(f"Maven cannot fetch Kafka: {reason}; check the network, {_INSTEAD}")
+            with suppress(OSError):  # another one was quicker
                 Path(fresh, "jars").rename(jars)
         return jars
 
-    def _wait(self, process: subprocess.Popen[bytes] | None = None) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        with console.status(f"waiting for Kafka at {self.bootstrap}"):
-            client = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0, "error_cb": lambda _: None})
-            while time.monotonic() < deadline:
-                if process is not None and process.poll() is not None:
-                    self._pid_file.unlink(missing_ok=True)
-                    raise UserError(f"Kafka ended at once: {_last_line(self._log.read_text())} (see {self._log})")
-                try:
-                    client.list_topics(timeout=1)
-                except KafkaException:
-                    continue
-                return
-        raise UserError(f"Kafka did not answer at {self.bootstrap} within {_START_SECONDS:.0f} s; see {self._log}")
 
-    @staticmethod
-    def _gone(pid: int, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            with suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)  # if it is our child, do not leave a zombie
-            if not _is_broker(pid):
-                return True
-            time.sleep(0.05)
-        return False
+def recorded_port(folder: Path) -> int | None:
+    """Return the port that the broker in `folder` was last started with."""
+    settings = folder / _SETTINGS
+    found = re.search(r"BROKER://127\.0\.0\.1:(\d+)", settings.read_text()) if settings.exists() else None
+    return int(found[1]) if found else None
+
+
+def free_port() -> int:
+    """Return a port that nobody uses.
+
+    It lies below those given to outgoing connections: else a client that tries to reach a broker which is down might
+    be given the broker's own port, and the broker could not come up again.
+    """
+    return next(port for port in SystemRandom().sample(range(20_000, 32_000), 1000) if _is_free(port))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do no harm
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def _java() -> str:
+    """Return JAVA_HOME's Java, or else the one on the PATH, if Kafka runs on it."""
     home = os.environ.get("JAVA_HOME")
-    java = shutil.which("java", path=f"{home}/bin") if home else None
-    java = java or shutil.which("java")
+    java = shutil.which("java", path=f"{home}/bin" if home else None)
     if java is None:
-        raise UserError(f"Java is not installed, and Kafka needs Java 17 or newer; install it, {_ELSE}")
+        where = f"none in JAVA_HOME ({home})" if home else "none on the PATH"
+        raise UserError(f"Kafka needs Java 17 or newer, and there is {where}; install it, {_INSTEAD}")
     said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
     version = re.search(r'version "(\d+)', said)
     if version is None or int(version[1]) < 17:
-        shown = version[1] if version else "unknown"
-        raise UserError(f"{java} is Java {shown}, and Kafka needs 17 or newer; install one, {_ELSE}")
+        raise UserError(f"Kafka needs Java 17 or newer, and {java} is not; install it, set JAVA_HOME, {_INSTEAD}")
     return java
 
 
-def _is_broker(pid: int) -> bool:
-    """Say whether this process is a Kafka broker, and not another one that was given its number later."""
-    done = subprocess.run(["ps", "-o", "stat=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return "kafka.Kafka" in done.stdout and not done.stdout.startswith("Z")
-
-
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
-
-
 def main() -> int:
-    """Do what the command says."""
+    """Do what the command line says."""
     parser = argparse.ArgumentParser(prog="python -m scripts.local_kafka", description="A real Kafka on this machine.")
     parser.add_argument("command", choices=("up", "status", "down"))
-    parser.add_argument("--port", type=int, default=9092, help="port on 127.0.0.1 (default: 9092)")
-    parser.add_argument("--dir", type=Path, default=LocalKafka.folder, help="folder of all its data")
-    parser.add_argument("--purge", action="store_true", help="with down: also remove that folder")
+    parser.add_argument("--port", type=int, help=f"port on 127.0.0.1 (default: {LocalKafka.port})")
+    parser.add_argument(
+        "--dir", type=Path, default=LocalKafka.folder, help="folder of its data (default: .cache/kafka/data)"
+    )
+    parser.add_argument("--purge", action="store_true", help="with down: remove the data too")
     arguments = parser.parse_args()
-    kafka = LocalKafka(arguments.dir.resolve(), arguments.port)
-    if arguments.command == "up":
-        started = kafka.up()
-        console.print(f"Kafka is {'up' if started else 'up already'} at {kafka.bootstrap}, data in {kafka.folder}")
-        return 0
+    known = None if arguments.command == "up" else recorded_port(arguments.dir)
+    kafka = LocalKafka(arguments.dir, arguments.port or known or LocalKafka.port)
     if arguments.command == "down":
-        stopped = kafka.down(purge=arguments.purge)
-        console.print("Kafka is down" if stopped else "Kafka was not up")
+        console.print("Kafka is down" if kafka.down(purge=arguments.purge) else "Kafka was not running")
         return 0
-    console.print(f"Kafka is {'up' if kafka.pid else 'down'}, data in {kafka.folder}")
-    return 0 if kafka.pid else 1
+    began = time.monotonic()
+    how = ""
+    if arguments.command == "up":
+        how = f" after {time.monotonic() - began:.1f} s" if kafka.up() else " already"
+    elif not kafka.is_up():
+        console.print("Kafka is down")
+        return 1
+    console.print(f"Kafka is up{how} at {kafka.bootstrap}")
+    return 0
 
 
 if __name__ == "__main__":
