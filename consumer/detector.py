@@ -1,7 +1,7 @@
 """Events in, alerts out: the whole of detection, without Kafka and without a clock."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
 
@@ -18,11 +18,12 @@ from consumer.alerts import (
     alert_id,
 )
 from consumer.events import EventBatch
+from consumer.records import SessionState
 from consumer.scores import LookScores
 from consumer.threshold import Threshold
 from consumer.windows import Looks, WindowStore
 from model.scoring import Explanation, Scorer
-from model.vocabulary import END, UNK
+from model.vocabulary import END, UNK, Vocabulary
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -39,7 +40,8 @@ class Alerted:
 @dataclass
 class _Partition:
     store: WindowStore
-    alerted: dict[int, Alerted]
+    alerted: dict[int, Alerted] = field(default_factory=dict)
+    news: set[int] = field(default_factory=set)
 
 
 class Detector:
@@ -49,9 +51,19 @@ class Detector:
         scorer: of the model that `threshold` was calibrated with.
         topic: name of the event topic, for the alerts.
         cache_windows: distinct windows whose score is remembered.
+        max_open_blocks: open sessions of a partition at most.
     """
 
-    def __init__(self, scorer: Scorer, threshold: Threshold, *, topic: str, cache_windows: int) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        threshold: Threshold,
+        *,
+        topic: str,
+        cache_windows: int,
+        max_open_blocks: int = 2**31 - 1,
+    ) -> None:
+        self._max_open_blocks = max_open_blocks
         self._bundle = scorer.bundle
         self._threshold = threshold
         self._topic = topic
@@ -70,14 +82,50 @@ class Detector:
         """Open sessions of all partitions."""
         return sum(partition.store.open_blocks for partition in self._partitions.values())
 
-    def assign(self, partition: int) -> None:
-        """Start to watch a partition, with no open sessions."""
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the model in use."""
+        return self._bundle.vocabulary
+
+    def assign(
+        self, partition: int, sessions: Mapping[str, SessionState] | None = None, watermark: int | None = None
+    ) -> None:
+        """Start to watch a partition, with the open sessions that were stored for it."""
+        threshold = self._threshold
         store = WindowStore(
-            window=self._threshold.window,
-            every=self._threshold.every,
-            idle_timeout=self._threshold.idle_timeout_ms,
+            window=threshold.window,
+            every=threshold.every,
+            idle_timeout=threshold.idle_timeout_ms,
+            limit=self._max_open_blocks,
         )
-        self._partitions[partition] = _Partition(store, {})
+        states = sessions or {}
+        slots = store.restore(states.items(), watermark)
+        alerted = {
+            slots[block]: Alerted(state.revision, state.score, state.position)
+            for block, state in states.items()
+            if state.revision
+        }
+        self._partitions[partition] = _Partition(store, alerted)
+
+    def store(self, partition: int) -> WindowStore:
+        """Return the open sessions of a partition."""
+        return self._partitions[partition].store
+
+    def snapshot(self, partition: int, slot: int) -> SessionState:
+        """Return an open session as it is to be stored."""
+        state = self._partitions[partition].store.snapshot(slot)
+        said = self._partitions[partition].alerted.get(slot)
+        return state if said is None else replace(state, **vars(said))
+
+    def take_alerted(self, partition: int) -> set[int]:
+        """Return the slots whose session alerted since the last call."""
+        news, self._partitions[partition].news = self._partitions[partition].news, set()
+        return news
+
+    def replay(self, partition: int, batch: EventBatch) -> None:
+        """Take in events whose alerts have been published before."""
+        for _ in self._partitions[partition].store.apply(batch):
+            pass
 
     def revoke(self, partition: int) -> None:
         """Forget a partition and its open sessions."""
@@ -117,6 +165,7 @@ class Detector:
                 if before is None or position != before.position:
                     revision = before.revision + 1 if before else 1
                     partition.alerted[slot] = Alerted(revision, why.score, position)
+                    partition.news.add(slot)
                     yield self._alert(number, looks, place, why, revision)
             if looks.facts["closing"][place]:
                 partition.alerted.pop(slot, None)

@@ -19,6 +19,9 @@ from model.vocabulary import UNK
 TOMBSTONE = -1
 """Stands in the token column for "this block is over"."""
 
+CLOCK = -2
+"""Stands in the token column for an event that only moves the watermark: its block has taken it in before."""
+
 MAX_ID_BYTES = 1024
 """Longest block id or event id, in bytes of UTF-8: an id is a name, and names are kept in memory."""
 

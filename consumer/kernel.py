@@ -3,11 +3,14 @@
 import numpy as np
 from numba import njit
 
-from consumer.events import TOMBSTONE
+from consumer.events import CLOCK, TOMBSTONE
 from model.vocabulary import BOS, END, PAD
 
 NONE = -1
 """No slot."""
+
+OLDEST, NEWEST, OPEN = range(3)
+"""Places in the roster: the session longest silent, the latest one, and how many are open."""
 
 NEVER = np.iinfo(np.int64).min
 """A watermark before the first event."""
@@ -20,6 +23,8 @@ SESSION = np.dtype(
         ("first_time", np.int64),
         ("last_offset", np.int64),
         ("last_time", np.int64),
+        ("unsaved", np.int64),  # offset of the first event that no state record covers; NONE: all are covered
+        ("saved", np.bool_),  # the state topic holds a record of the block, maybe of an earlier session
         ("older", np.int32),  # neighbours in the list ordered by `seen`
         ("newer", np.int32),
     ]
@@ -31,6 +36,7 @@ LOOK = np.dtype(
         ("length", np.int32),  # events in the window; END is not one of them
         ("count", np.int64),  # events of the session so far
         ("closing", np.bool_),
+        ("evicted", np.bool_),  # closed to make room, not by its own events
         ("hash", np.uint64),  # of the network's input: equal windows have equal hashes
         ("first_offset", np.int64),  # of the session
         ("first_time", np.int64),
@@ -42,7 +48,7 @@ LOOK = np.dtype(
 
 @njit(cache=True)
 def advance(
-    sessions, tokens, offsets, times, ends, clock, every, idle,
+    sessions, tokens, offsets, times, roster, clock, every, idle, limit,
     in_slot, in_token, in_time, in_offset, start,
     facts, rows, row_offsets, row_times,
 ):  # fmt: skip
@@ -56,69 +62,95 @@ def advance(
     filled = 0
     for i in range(start, len(in_slot)):
         slot = in_slot[i]
-        if in_token[i] != TOMBSTONE:
+        token = in_token[i]
+        if token != TOMBSTONE:
             clock[0] = max(clock[0], in_time[i])
-            while ends[0] != NONE and sessions[ends[0]].seen + idle < clock[0]:
+            while roster[OLDEST] != NONE and sessions[roster[OLDEST]].seen + idle < clock[0]:
                 if filled == capacity:
                     return i, filled
-                expired = ends[0]
-                _look(sessions, tokens, offsets, times, expired, True, facts, rows, row_offsets, row_times, filled)
+                oldest = roster[OLDEST]
+                _look(
+                    sessions, tokens, offsets, times, oldest, True, False, facts, rows, row_offsets, row_times, filled
+                )
                 filled += 1
-                _unlink(sessions, ends, expired)
-                sessions[expired].count = 0
-        elif slot == NONE or sessions[slot].count == 0:
-            continue  # a tombstone for a block that is not open
-        if filled == capacity:
-            return i, filled
+                _close(sessions, roster, oldest)
+        if token == CLOCK or slot == NONE:
+            continue
         session = sessions[slot]
-        if in_token[i] == TOMBSTONE:
-            _look(sessions, tokens, offsets, times, slot, True, facts, rows, row_offsets, row_times, filled)
+        if token == TOMBSTONE and session.count == 0:
+            continue  # a tombstone for a block that is not open
+        if filled + 2 > capacity:  # an event makes two looks at most: that of a block evicted, and its own
+            return i, filled
+        if token == TOMBSTONE:
+            _look(sessions, tokens, offsets, times, slot, True, False, facts, rows, row_offsets, row_times, filled)
             filled += 1
-            _unlink(sessions, ends, slot)
-            session.count = 0
+            _close(sessions, roster, slot)
             continue
         if session.count == 0:
+            if roster[OPEN] == limit:
+                oldest = roster[OLDEST]
+                _look(sessions, tokens, offsets, times, oldest, True, True, facts, rows, row_offsets, row_times, filled)
+                filled += 1
+                _close(sessions, roster, oldest)
             session.first_offset = in_offset[i]
             session.first_time = in_time[i]
+            session.unsaved = NONE
         else:
-            _unlink(sessions, ends, slot)
+            _unlink(sessions, roster, slot)
         at = session.count % window
-        tokens[slot, at] = in_token[i]
+        tokens[slot, at] = token
         offsets[slot, at] = in_offset[i]
         times[slot, at] = in_time[i]
         session.count += 1
         session.last_offset = in_offset[i]
         session.last_time = in_time[i]
         session.seen = clock[0]
-        session.older = ends[1]
-        session.newer = NONE
-        if ends[1] == NONE:
-            ends[0] = slot
-        else:
-            sessions[ends[1]].newer = slot
-        ends[1] = slot
+        if session.unsaved == NONE:
+            session.unsaved = in_offset[i]
+        link_newest(sessions, roster, slot)
         if session.count % every == 0:
-            _look(sessions, tokens, offsets, times, slot, False, facts, rows, row_offsets, row_times, filled)
+            _look(sessions, tokens, offsets, times, slot, False, False, facts, rows, row_offsets, row_times, filled)
             filled += 1
     return len(in_slot), filled
 
 
 @njit(cache=True)
-def _unlink(sessions, ends, slot):
+def link_newest(sessions, roster, slot):
+    """Hang an open session at the newest end of the roster."""
+    session = sessions[slot]
+    session.older = roster[NEWEST]
+    session.newer = NONE
+    if roster[NEWEST] == NONE:
+        roster[OLDEST] = slot
+    else:
+        sessions[roster[NEWEST]].newer = slot
+    roster[NEWEST] = slot
+    roster[OPEN] += 1
+
+
+@njit(cache=True)
+def _close(sessions, roster, slot):
+    _unlink(sessions, roster, slot)
+    sessions[slot].count = 0
+
+
+@njit(cache=True)
+def _unlink(sessions, roster, slot):
     older, newer = sessions[slot].older, sessions[slot].newer
     if older == NONE:
-        ends[0] = newer
+        roster[OLDEST] = newer
     else:
         sessions[older].newer = newer
     if newer == NONE:
-        ends[1] = older
+        roster[NEWEST] = older
     else:
         sessions[newer].older = older
+    roster[OPEN] -= 1
 
 
 @njit(cache=True)
 def _look(
-    sessions, tokens, offsets, times, slot, closing, facts, rows, row_offsets, row_times, at,
+    sessions, tokens, offsets, times, slot, closing, evicted, facts, rows, row_offsets, row_times, at,
 ):  # fmt: skip
     """Write the look at `slot` into place `at` of the look columns."""
     window = tokens.shape[1]
@@ -146,6 +178,7 @@ def _look(
     fact.length = length
     fact.count = session.count
     fact.closing = closing
+    fact.evicted = evicted
     fact.hash = digest
     fact.first_offset = session.first_offset
     fact.first_time = session.first_time

@@ -8,18 +8,33 @@ The outcome is a function of the event sequence alone: how it is cut into batche
 expiry is decided event by event, and why a block's event first expires the block's own session.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from consumer.events import TOMBSTONE, EventBatch
-from consumer.kernel import LOOK, NEVER, NONE, SESSION, advance
+from consumer.events import CLOCK, TOMBSTONE, EventBatch
+from consumer.kernel import LOOK, NEVER, NONE, SESSION, advance, link_newest
+from consumer.records import SessionState
+from model.vocabulary import UNK
 
 MAX_LOOKS = 16_384
 """Looks handed out at a time, which bounds memory however many sessions close at once."""
+
+
+@dataclass(frozen=True)
+class Departed:
+    """A block whose session closed and did not start again at once.
+
+    `saved`: the state topic holds a record of it. `marker`: its last offset, if it was closed by the wall clock or
+    to make room, which its events alone do not tell; None otherwise.
+    """
+
+    block: str
+    saved: bool
+    marker: int | None
 
 
 @dataclass(frozen=True)
@@ -49,9 +64,11 @@ class WindowStore:
         window: newest events of a session that a look shows.
         every: a look falls due after every so many events of a session, and when it closes.
         idle_timeout: milliseconds of event time after which a silent session closes.
+        limit: open sessions at most; a further one closes the longest silent of them.
     """
 
-    def __init__(self, *, window: int, every: int, idle_timeout: int) -> None:
+    def __init__(self, *, window: int, every: int, idle_timeout: int, limit: int = 2**31 - 1) -> None:
+        self._limit = limit
         self._window = window
         self._every = every
         self._idle = idle_timeout
@@ -63,7 +80,9 @@ class WindowStore:
         self._tokens = np.zeros((0, window), np.uint16)
         self._offsets = np.zeros((0, window), np.int64)
         self._times = np.zeros((0, window), np.int64)
-        self._list = np.array([NONE, NONE], np.int32)  # the longest silent session, the latest one
+        self._roster = np.array([NONE, NONE, 0], np.int32)  # oldest, newest, open
+        self._departed: list[Departed] = []
+        self._urgent: set[int] = set()
         self._clock = np.array([NEVER], np.int64)
         self._looks: Looks | None = None
 
@@ -100,10 +119,89 @@ class WindowStore:
             self._prune_unknown(slot)
 
     def close_all(self) -> Iterator[Looks]:
-        """Close every session and yield their last looks: the partition has fallen silent, or the file ended."""
+        """Close every session and yield their last looks: the partition has fallen silent on the wall clock."""
         slots = np.fromiter(self._slots.values(), np.int32, len(self._slots))
         nothing = np.zeros(len(slots), np.int64)
-        yield from self._run(slots, np.full(len(slots), TOMBSTONE, np.int32), nothing, nothing)
+        yield from self._run(slots, np.full(len(slots), TOMBSTONE, np.int32), nothing, nothing, by_clock=True)
+
+    def snapshot(self, slot: int) -> SessionState:
+        """Return the open session of a slot, without what its alerts said."""
+        session = self._sessions[slot]
+        count = int(session["count"])
+        length = min(count, self._window)
+        ring = np.arange(count - length, count) % self._window
+        return SessionState(
+            count=count,
+            seen=int(session["seen"]),
+            first_offset=int(session["first_offset"]),
+            first_time=int(session["first_time"]),
+            last_offset=int(session["last_offset"]),
+            last_time=int(session["last_time"]),
+            tokens=self._tokens[slot, ring],
+            offsets=self._offsets[slot, ring],
+            times=self._times[slot, ring],
+            unknown=self.unknown(slot),
+        )
+
+    def restore(self, sessions: Iterable[tuple[str, SessionState]], watermark: int | None) -> dict[str, int]:
+        """Take in stored sessions, into an empty store; return the slot of each block.
+
+        `watermark` is the one at the checkpoint; the sessions' own may be later.
+        """
+        if watermark is not None:
+            self._clock[0] = watermark
+        for block, state in sorted(sessions, key=lambda item: item[1].last_offset):  # the order of last activity
+            slot = self._slot(block, UNK)
+            session = self._sessions[slot]
+            for name in ("count", "seen", "first_offset", "first_time", "last_offset", "last_time"):
+                session[name] = getattr(state, name)
+            session["unsaved"], session["saved"] = NONE, True
+            length = min(len(state.tokens), self._window)
+            ring = np.arange(state.count - length, state.count) % self._window
+            for column, values in (
+                (self._tokens, state.tokens),
+                (self._offsets, state.offsets),
+                (self._times, state.times),
+            ):
+                column[slot, ring] = values[len(values) - length :]
+            if state.unknown:
+                self._unknown[slot] = dict(state.unknown)
+                self._prune_unknown(slot)
+            link_newest(self._sessions, self._roster, slot)
+        return dict(self._slots)
+
+    def unsaved(self) -> list[int]:
+        """Return the slots of open sessions with events that no record covers."""
+        sessions = self._sessions
+        return np.flatnonzero((sessions["count"] > 0) & (sessions["unsaved"] != NONE)).tolist()
+
+    def is_open(self, slot: int) -> bool:
+        """Say whether the slot holds an open session."""
+        return bool(self._sessions["count"][slot])
+
+    def is_unsaved(self, slot: int) -> bool:
+        """Say whether the slot holds an open session with events that no record covers."""
+        return self.is_open(slot) and bool(self._sessions["unsaved"][slot] != NONE)
+
+    def has_record(self, block: str) -> bool:
+        """Say whether the block is open and has a record."""
+        slot = self._slots.get(block)
+        return slot is not None and bool(self._sessions["saved"][slot])
+
+    def mark_saved(self, slot: int) -> None:
+        """Note that a record now covers all events of a slot's session."""
+        self._sessions["unsaved"][slot] = NONE
+        self._sessions["saved"][slot] = True
+
+    def take_departed(self) -> list[Departed]:
+        """Return the blocks that closed since the last call."""
+        departed, self._departed = self._departed, []
+        return departed
+
+    def take_urgent(self) -> set[int]:
+        """Return the slots whose session must be saved at the next commit: it follows one that was evicted."""
+        urgent, self._urgent = self._urgent, set()
+        return urgent
 
     def _run(
         self,
@@ -111,31 +209,35 @@ class WindowStore:
         tokens: NDArray[np.int32],
         times: NDArray[np.int64],
         offsets: NDArray[np.int64],
+        *,
+        by_clock: bool = False,
     ) -> Iterator[Looks]:
         looks = self._buffer()
-        closed: list[NDArray[np.int32]] = []
+        closed: dict[int, int | None] = {}
         done = 0
         while done < len(slots):
             done, filled = advance(
-                self._sessions, self._tokens, self._offsets, self._times, self._list, self._clock,
-                self._every, self._idle, slots, tokens, times, offsets, done,
+                self._sessions, self._tokens, self._offsets, self._times, self._roster, self._clock,
+                self._every, self._idle, self._limit, slots, tokens, times, offsets, done,
                 looks.facts, looks.rows, looks.offsets, looks.times,
             )  # fmt: skip
             if filled:
                 facts = looks.facts[:filled]
-                closed.append(facts["slot"][facts["closing"]])
+                for fact in facts[facts["closing"]]:
+                    unforeseen = by_clock or fact["evicted"]
+                    closed[int(fact["slot"])] = int(fact["last_offset"]) if unforeseen else None
                 yield Looks(facts, looks.rows[:filled], looks.offsets[:filled], looks.times[:filled])
-        if closed:
-            self._release(np.unique(np.concatenate(closed)))
+        self._release(closed)
 
     def _slot(self, block: str, token: int) -> int:
         slot = self._slots.get(block, NONE)
-        if slot == NONE and token != TOMBSTONE:
+        if slot == NONE and token not in (TOMBSTONE, CLOCK):
             if not self._free:
                 self._grow()
             slot = self._free.pop()
             self._slots[block] = slot
             self._names[slot] = block
+            self._sessions["saved"][slot] = False
         return slot
 
     def _grow(self) -> None:
@@ -150,10 +252,16 @@ class WindowStore:
         self._names.extend([""] * (new - old))
         self._free.extend(range(new - 1, old - 1, -1))
 
-    def _release(self, slots: NDArray[np.int32]) -> None:
-        """Forget the blocks whose session closed and did not start again within the batch."""
-        for slot in slots[self._sessions["count"][slots] == 0].tolist():
-            del self._slots[self._names[slot]]
+    def _release(self, closed: Mapping[int, int | None]) -> None:
+        """Forget the blocks whose session closed (slot: marker) and did not start again within the batch."""
+        for slot, marker in closed.items():
+            if self._sessions["count"][slot]:
+                if marker is not None:
+                    self._urgent.add(slot)
+                continue
+            block = self._names[slot]
+            self._departed.append(Departed(block, bool(self._sessions["saved"][slot]), marker))
+            del self._slots[block]
             self._names[slot] = ""
             self._unknown.pop(slot, None)
             self._free.append(slot)

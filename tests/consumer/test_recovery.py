@@ -1,0 +1,236 @@
+"""Killed anywhere, a detector restored from the state topic goes on as if nothing had happened. No Kafka: a
+dictionary is the compacted topic, and a crash is forgetting everything else."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consumer import checkpoint
+from consumer.checkpoint import Checkpointer, Recovered, Replay, recover
+from consumer.detector import Detector
+from consumer.events import CLOCK, TOMBSTONE, EventBatch
+from consumer.records import BLOCK, Checkpoint, DamagedRecordError, SessionState, closed_marker
+from model.vocabulary import UNK, Vocabulary
+
+PARTITION, GROUP = 0, "group"
+
+
+def batch_of(vocabulary, events, begin, end):
+    batch = EventBatch()
+    for offset in range(begin, end):
+        block, name, time = events[offset]
+        token = TOMBSTONE if name is None else vocabulary.tokens.get(name, UNK)
+        if token == UNK:
+            batch.unknown[len(batch)] = name
+        batch.blocks.append(block)
+        batch.tokens.append(token)
+        batch.times.append(time)
+        batch.offsets.append(offset)
+    return batch
+
+
+class Machine:
+    """A consumer of one partition: `topic` and `committed` survive a crash, everything else does not."""
+
+    def __init__(self, scorer, threshold, events, limit):
+        self.scorer, self.threshold, self.events, self.limit = scorer, threshold, events, limit
+        self.topic, self.committed, self.published = {}, 0, []
+        self.boot()
+
+    def boot(self):
+        vocabulary = self.scorer.bundle.vocabulary
+        found = recover(dict(self.topic), vocabulary)
+        self.detector = Detector(
+            self.scorer, self.threshold, topic="logs", cache_windows=1000, max_open_blocks=self.limit
+        )
+        start, watermark = (found.checkpoint.offset, found.checkpoint.watermark) if found.checkpoint else (0, None)
+        self.detector.assign(PARTITION, found.sessions, watermark)
+        covered = {name: state.last_offset for name, state in found.sessions.items()} | found.markers
+        replay = Replay(self.committed, covered)
+        for offset in range(start, self.committed):  # one by one: cuts must not matter here either
+            self.detector.replay(PARTITION, replay.masked(batch_of(vocabulary, self.events, offset, offset + 1)))
+        self.checkpointer = Checkpointer(self.detector, PARTITION, GROUP, found)
+        self.position, self.pending = self.committed, []
+
+    def read(self, count):
+        end = min(len(self.events), self.position + count)
+        batch = batch_of(self.scorer.bundle.vocabulary, self.events, self.position, end)
+        self.pending += self.detector.process({PARTITION: batch})
+        self.position = end
+
+    def silence(self):
+        self.pending += self.detector.close(PARTITION)
+
+    def commit(self, begin=False, finish=False):
+        for key, value in self.checkpointer.records(self.position, begin=begin, finish=finish):
+            if value is None:
+                self.topic.pop(key, None)
+            else:
+                self.topic[key] = value
+        self.published += [alert.encode() for alert in self.pending]
+        self.committed, self.pending = self.position, []
+
+
+event = st.tuples(
+    st.sampled_from("VWXYZ"), st.sampled_from(["a", "b", "c", "d", "never seen", None]), st.integers(0, 40)
+)
+action = st.one_of(
+    st.tuples(st.just("read"), st.integers(1, 12)),
+    st.sampled_from([("commit",), ("checkpoint",), ("hand over",), ("crash",), ("crash",), ("silence",)]),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(event, min_size=1, max_size=80),
+    st.lists(action, max_size=60),
+    st.floats(0.5, 4),
+    st.sampled_from([2, 3, 2**31 - 1]),
+    st.booleans(),
+    st.sampled_from([1, 20_000]),
+)
+def test_a_crash_anywhere_changes_nothing(scorer, make_threshold, events, actions, limit, room, in_order, per_commit):
+    """Oracle: the same machine that is never killed. Silence closes all in both, at the same committed offset."""
+    if in_order:
+        times = sorted(time for _, _, time in events)
+        events = [(block, name, time) for (block, name, _), time in zip(events, times, strict=True)]
+    threshold = make_threshold(limit, idle_timeout_ms=15)
+    checkpoint.PER_COMMIT, before = per_commit, checkpoint.PER_COMMIT
+    try:
+        machine, silences = Machine(scorer, threshold, events, room), []
+        for what, *count in [*actions, ("crash",), ("read", len(events)), ("commit",)]:
+            if what == "read":
+                machine.read(*count)
+            elif what == "crash":
+                machine.boot()
+            elif what == "silence":
+                machine.commit()
+                machine.silence()
+                machine.commit()
+                silences.append(machine.position)
+            else:
+                machine.commit(begin=what == "checkpoint", finish=what == "hand over")
+    finally:
+        checkpoint.PER_COMMIT = before
+    calm = Machine(scorer, threshold, events, room)
+    for position in silences:
+        calm.read(position - calm.position)
+        calm.silence()
+    calm.read(len(events))
+    calm.commit()
+    assert by_block(machine.published) == by_block(calm.published)
+
+
+def by_block(published):
+    blocks = {}
+    for value in published:
+        blocks.setdefault(json.loads(value)["block_id"], []).append(value)
+    return blocks
+
+
+def test_the_property_fails_when_state_records_are_skipped(scorer, make_threshold, monkeypatch):
+    """A check of the check: a session that is marked as saved without a record is missed after a crash."""
+    events = [("X", "a", 0), ("X", "b", 1), ("X", "never seen", 2)]
+    monkeypatch.setattr(Checkpointer, "_sessions", lambda self, slots: [self._store.mark_saved(s) for s in slots][:0])
+    machine = Machine(scorer, make_threshold(0.5), events, 100)
+    machine.read(2)
+    machine.commit(finish=True)
+    machine.boot()
+    machine.read(1)
+    machine.commit()
+    calm = Machine(scorer, make_threshold(0.5), events, 100)
+    calm.read(3)
+    calm.commit()
+    assert machine.published != calm.published
+
+
+def test_after_a_handover_nothing_is_replayed(scorer, make_threshold):
+    machine = Machine(scorer, make_threshold(0.5), [("X", "a", 0), ("Y", "a", 1), ("X", "b", 2)], 100)
+    machine.read(3)
+    machine.commit(finish=True)
+    assert recover(machine.topic, scorer.bundle.vocabulary).checkpoint == Checkpoint(3, 2, GROUP)
+
+
+def test_closed_sessions_leave_no_records(scorer, make_threshold):
+    events = [(f"b{number % 7}", "a", number * 100) for number in range(50)] + [("last", "a", 10**6)]
+    machine = Machine(scorer, make_threshold(0.5, idle_timeout_ms=300), events, 3)
+    for _ in range(len(events)):
+        machine.read(1)
+        machine.commit(begin=True)
+    machine.commit(finish=True)
+    assert [key for key in machine.topic if key[:1] == BLOCK] == [b"Blast"]
+
+
+def test_windows_outlive_a_change_of_vocabulary(scorer, make_threshold):
+    events = [("X", "a", 0), ("X", "never seen", 1), ("X", "b", 2)]
+    machine = Machine(scorer, make_threshold(100.0), events, 100)
+    machine.read(3)
+    machine.commit(finish=True)
+    other = Vocabulary(("b", "never seen", "z"))
+    state = recover(machine.topic, other).sessions["X"]
+    assert [other.name(token) for token in state.tokens.tolist()] == ["<UNK>", "never seen", "b"]
+    assert state.unknown == {0: "a"}
+
+
+sessions = st.integers(0, 60).flatmap(
+    lambda length: st.builds(
+        SessionState,
+        count=st.integers(1, 2**40),
+        seen=st.integers(-(2**40), 2**45),
+        first_offset=st.integers(0, 2**40),
+        first_time=st.integers(0, 2**42),
+        last_offset=st.integers(2**41, 2**42),
+        last_time=st.integers(0, 2**42),
+        tokens=st.lists(st.integers(0, 65535), min_size=length, max_size=length).map(
+            lambda items: np.array(items, np.uint16)
+        ),
+        offsets=st.lists(st.integers(0, 2**41), min_size=length, max_size=length).map(
+            lambda items: np.array(items, np.int64)
+        ),
+        times=st.lists(st.integers(-(2**40), 2**42), min_size=length, max_size=length).map(
+            lambda items: np.array(items, np.int64)
+        ),
+        unknown=st.dictionaries(st.integers(0, 2**40), st.text(max_size=5), max_size=3),
+        revision=st.integers(0, 2**31),
+        score=st.floats(0, 100),
+        position=st.integers(0, 2**40),
+    )
+)
+
+
+@given(sessions, st.binary(min_size=8, max_size=8))
+def test_a_record_reads_back_as_it_was(state, vocabulary):
+    again, written_in = SessionState.unpack(state.pack(vocabulary))
+    assert written_in == vocabulary
+    for name, value in vars(state).items():
+        assert np.array_equal(getattr(again, name), value), name
+
+
+def test_a_typical_record_is_small():
+    offsets = np.arange(20) * 1000
+    tokens = np.full(20, 5, np.uint16)
+    assert len(SessionState(20, 0, 0, 0, 19_000, 0, tokens, offsets, offsets).pack(b"12345678")) < 300
+
+
+@given(st.binary(max_size=200))
+def test_what_is_no_record_is_refused(record):
+    for read in (SessionState.unpack, Checkpoint.unpack):
+        with pytest.raises(DamagedRecordError):
+            read(b"\x63" + record)
+
+
+def test_masked_events_only_move_the_clock():
+    batch = EventBatch(["A", "A", "B", "A"], [4, TOMBSTONE, UNK, 5], [1, 0, 3, 4], [0, 1, 2, 3], {2: "new"})
+    masked = Replay(4, {"A": 1, "B": 2}).masked(batch)
+    assert (masked.blocks, masked.tokens, masked.times) == (["A", "B", "A"], [CLOCK, CLOCK, 5], [1, 3, 4])
+    assert masked.unknown == {}
+
+
+def test_markers_cover_what_was_closed_from_outside(scorer):
+    found = recover({b"BX": closed_marker(17).pack(b"12345678")}, scorer.bundle.vocabulary)
+    assert found.markers == {"X": 17}
+    assert found.sessions == {}
+    assert Recovered().markers == {}
