@@ -6,7 +6,7 @@ from pathlib import Path
 from calibration.block_scores import block_scores
 from calibration.calibrate import calibrate
 from calibration.quantile import blocks_needed
-from consumer.settings import load_settings
+from consumer.settings import load_settings, milliseconds
 from model.bundle import Bundle
 from model.cli import argument_parser, console, progress_bar, run
 from model.device import choose
@@ -57,7 +57,7 @@ def main() -> None:
         scorer,
         quantile=quantile,
         every=settings.scoring.every,
-        idle_timeout_ms=round(settings.windows.idle_timeout.total_seconds() * 1000),
+        idle_timeout_ms=milliseconds(settings.windows.idle_timeout),
     )
     threshold.save(out)
     console.print(

@@ -7,9 +7,9 @@ from threading import Event
 from consumer.detector import Detector
 from consumer.events import Decoder
 from consumer.service import Service
-from consumer.settings import load_settings
+from consumer.settings import load_settings, milliseconds
 from consumer.threshold import Threshold
-from consumer.topics import TopicSpec, ensure_topics
+from consumer.topics import STATE_CONFIG, TopicSpec, check_state_topic, ensure_topics, require_topic
 from model.bundle import Bundle
 from model.cli import argument_parser, run
 from model.device import choose
@@ -32,23 +32,33 @@ def main() -> None:
     threshold.check(
         bundle,
         every=settings.scoring.every,
-        idle_timeout_ms=round(settings.windows.idle_timeout.total_seconds() * 1000),
+        idle_timeout_ms=milliseconds(settings.windows.idle_timeout),
         path=settings.calibration.path,
     )
     device = choose(settings.device)
     topics = settings.topics
     created = ensure_topics(settings, map(TopicSpec, (topics.events, topics.alerts, topics.dead_letters)))
+    as_many = require_topic(settings, topics.events)
+    created += ensure_topics(settings, [TopicSpec(topics.state, as_many, STATE_CONFIG)])
     for name in created:
         log.info("created topic %s", name)
+    check_state_topic(settings)
     detector = Detector(
         Scorer(bundle, threshold.strategy, device),
         threshold,
         topic=topics.events,
         cache_windows=settings.scoring.cache_windows,
+        max_open_blocks=settings.windows.max_open_blocks,
     )
-    service = Service(settings, detector, Decoder(settings.events, bundle.vocabulary.tokens))
+    decoder = Decoder(settings.events, bundle.vocabulary.tokens, milliseconds(settings.windows.max_ahead))
+    service = Service(settings, detector, decoder)
     log.info("reading %s as group %s from %s", topics.events, settings.kafka.group, settings.kafka.bootstrap)
-    log.info("alerts go to %s, undecodable messages to %s", topics.alerts, topics.dead_letters)
+    log.info(
+        "alerts go to %s, undecodable messages to %s, delivery %s",
+        topics.alerts,
+        topics.dead_letters,
+        settings.delivery,
+    )
     log.info(
         "model %s on %s, threshold %g (%s, q = %g: at most %.2g of normal blocks alert)",
         bundle.fingerprint[:12], device, threshold.threshold, threshold.strategy, threshold.quantile, threshold.bound,

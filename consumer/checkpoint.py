@@ -28,6 +28,10 @@ PER_COMMIT = 20_000
 """Sessions that a checkpoint writes with one commit at most, so that no commit takes long."""
 
 
+_NO_WATERMARK = -(2**62)
+"""Earlier than any event: the watermark before the first one."""
+
+
 @dataclass
 class Recovered:
     """What a state partition says.
@@ -69,13 +73,19 @@ def recover(records: Mapping[bytes, bytes], vocabulary: Vocabulary) -> Recovered
 
 @dataclass
 class Replay:
-    """Input that a predecessor has taken in already: offsets below `until`.
+    """Input that a predecessor has taken in already.
 
-    `covered` holds, by block, the last offset that its restored session (or closed marker) includes.
+    Below the offset `until` its alerts have been published. `covered` holds, by block, the last offset that its
+    restored session (or closed marker) includes; with at-least-once delivery that can be beyond `until`.
     """
 
     until: int
     covered: Mapping[str, int]
+
+    @property
+    def end(self) -> int:
+        """The offset from which on nothing is special."""
+        return max([self.until, *(last + 1 for last in self.covered.values())])
 
     def masked(self, batch: EventBatch) -> EventBatch:
         """Return `batch` with covered events only moving the watermark, and covered tombstones left out."""
@@ -101,9 +111,10 @@ class Checkpointer:
     Args:
         group: the consumer group, noted in the checkpoint.
         recovered: what the state partition holds now.
+        start: the input offset from which this owner reads.
     """
 
-    def __init__(self, detector: Detector, partition: int, group: str, recovered: Recovered) -> None:
+    def __init__(self, detector: Detector, partition: int, group: str, recovered: Recovered, start: int) -> None:
         self._detector = detector
         self._partition = partition
         self._store = detector.store(partition)
@@ -115,6 +126,7 @@ class Checkpointer:
         self._pending: deque[int] = deque()
         self._next: Checkpoint | None = None
         self._begun_at: int | None = recovered.checkpoint.offset if recovered.checkpoint else None
+        self._first = None if recovered.checkpoint else Checkpoint(start, _NO_WATERMARK, group)
 
     def records(self, position: int, *, begin: bool = False, finish: bool = False) -> Iterator[Record]:
         """Yield the records that belong to the commit of the input offset `position`.
@@ -124,6 +136,9 @@ class Checkpointer:
             begin: a checkpoint is due; one that is under way goes on instead.
             finish: complete a checkpoint within this commit: the partition is handed over.
         """
+        if self._first is not None:  # so that a missing checkpoint always means that the state was lost
+            yield CHECKPOINT, self._first.pack()
+            self._first = None
         yield from self._departures()
         urgent = self._store.take_urgent() | self._detector.take_alerted(self._partition)
         yield from self._sessions(slot for slot in sorted(urgent) if self._store.is_open(slot))

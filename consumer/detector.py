@@ -88,9 +88,13 @@ class Detector:
         return self._bundle.vocabulary
 
     def assign(
-        self, partition: int, sessions: Mapping[str, SessionState] | None = None, watermark: int | None = None
+        self,
+        partition: int,
+        sessions: Mapping[str, SessionState] | None = None,
+        watermark: int | None = None,
+        start: int = 0,
     ) -> None:
-        """Start to watch a partition, with the open sessions that were stored for it."""
+        """Start to watch a partition, with the open sessions that were stored for it; see `WindowStore.restore`."""
         threshold = self._threshold
         store = WindowStore(
             window=threshold.window,
@@ -99,7 +103,7 @@ class Detector:
             limit=self._max_open_blocks,
         )
         states = sessions or {}
-        slots = store.restore(states.items(), watermark)
+        slots = store.restore(states.items(), watermark, start)
         alerted = {
             slots[block]: Alerted(state.revision, state.score, state.position)
             for block, state in states.items()

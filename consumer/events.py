@@ -66,10 +66,13 @@ class Decoder:
     Args:
         fields: the names of an event's fields.
         tokens: token of each event id of the vocabulary.
+        max_ahead: milliseconds that an event may be stamped ahead of its Kafka message. A far future must not push
+            the watermark, or one bad clock would close every block.
     """
 
-    def __init__(self, fields: EventSettings, tokens: Mapping[str, int]) -> None:
+    def __init__(self, fields: EventSettings, tokens: Mapping[str, int], max_ahead: int = _LATEST) -> None:
         self._tokens = tokens
+        self._max_ahead = max_ahead
         event = msgspec.defstruct(
             "Event",
             [("block_id", str), ("event_id", str), ("timestamp", datetime | int | float)],
@@ -78,8 +81,10 @@ class Decoder:
         )
         self._parse: Callable[[bytes], Any] = msgspec.json.Decoder(event).decode
 
-    def decode(self, key: bytes | None, value: bytes | None, offset: int, batch: EventBatch) -> None:
-        """Append the message to `batch`.
+    def decode(
+        self, key: bytes | None, value: bytes | None, offset: int, batch: EventBatch, sent: int = _LATEST
+    ) -> None:
+        """Append the message to `batch`; `sent` is its Kafka timestamp in milliseconds.
 
         Raises:
             Undecodable: it is no event; `batch` is as it was.
@@ -96,6 +101,8 @@ class Decoder:
                 raise Undecodable("the message key is not the block id")
             _check_id("block id", block)
             time = _milliseconds(event.timestamp)
+            if time - sent > self._max_ahead:
+                raise Undecodable("the timestamp is further ahead of the message's own than windows.max_ahead allows")
             token = self._tokens.get(event.event_id, UNK)
             if token == UNK:
                 _check_id("event id", event.event_id)

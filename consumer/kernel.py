@@ -74,9 +74,13 @@ def advance(
                 )
                 filled += 1
                 _close(sessions, roster, oldest)
-        if token == CLOCK or slot == NONE:
+        if slot == NONE:
             continue
         session = sessions[slot]
+        if token == CLOCK:
+            if session.count > 0 and in_offset[i] == session.last_offset:
+                link_newest(sessions, roster, slot)  # restored with this event in it: from here on it may expire
+            continue
         if token == TOMBSTONE and session.count == 0:
             continue  # a tombstone for a block that is not open
         if filled + 2 > capacity:  # an event makes two looks at most: that of a block evicted, and its own

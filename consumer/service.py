@@ -1,29 +1,55 @@
-"""The Kafka side: reads the event topic, runs the detector, publishes alerts, commits offsets.
+"""The Kafka side: reads the event topic, runs the detector, publishes alerts, commits.
 
-The order of steps is the promise. A batch of messages is decoded, judged, and its alerts and dead letters are
-handed to the producer; at each commit the producer is flushed first, and only when the brokers have acknowledged
-all of it are the input offsets committed. A crash before that reads the events again.
+The order of steps is the promise (docs/guarantees.md): a batch of messages is decoded and judged, alerts and dead
+letters are handed to the delivery, and a commit makes them durable together with the state records and the input
+offsets. Whatever goes wrong before that, `Restorer` says where to begin again.
 """
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from threading import Event
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from consumer.alerts import Alert
+from consumer.checkpoint import Checkpointer, Replay
+from consumer.delivery import Headers, StateRecord, TransactionAborted, delivery_for
 from consumer.detector import Detector
 from consumer.events import Decoder, EventBatch, Undecodable
+from consumer.faultpoints import come_by
+from consumer.restore import Restorer, Start
 from consumer.settings import Settings
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
 
-SHUTDOWN_SECONDS = 5.0
-"""How long a stop may wait for the brokers to take what is still to be published."""
-
 _REPORT_SECONDS = 60.0
+_LETTER_BYTES = 500_000
+
+
+@dataclass
+class _Assigned:
+    """What the service knows of a partition that it owns."""
+
+    position: int
+    touched: bool  # something happened since the last commit
+    active: float
+    replay: Replay | None
+    replay_end: int
+    leftovers: list[bytes]
+    checkpointer: Checkpointer
+
+    def end_replay(self) -> None:
+        """Forget the replay once past all of it."""
+        if self.replay is not None and self.position >= self.replay_end:
+            self.replay = None
+
+    @property
+    def is_catching_up(self) -> bool:
+        """Whether the partition is still behind its committed offset: then it has nothing to commit."""
+        return self.replay is not None and self.position < self.replay.until
 
 
 class Service:
@@ -31,75 +57,78 @@ class Service:
 
     def __init__(self, settings: Settings, detector: Detector, decoder: Decoder) -> None:
         self._settings = settings
+        self._topic = settings.topics.events
         self._detector = detector
         self._decoder = decoder
-        self._positions: dict[int, int] = {}
-        self._committed: dict[int, int] = {}
-        self._active: dict[int, float] = {}
+        self._assigned: dict[int, _Assigned] = {}
         self._failure: str | None = None
+        self._recovery_due = False
+        self._checkpoint_at = 0.0
         self.messages = self.alerts = self.dead_letters = 0
 
     def run(self, stop: Event) -> None:
-        """Work until `stop` is set, then publish and commit what is done and leave the group.
+        """Work until `stop` is set, then commit what is done and leave the group.
 
         Raises:
-            UserError: Kafka refuses to go on (wrong credentials, missing rights, topic deleted, fenced …).
+            UserError: Kafka refuses to go on (wrong credentials, missing rights, topic deleted …).
         """
-        kafka = self._settings.kafka
+        self._delivery = delivery_for(self._settings, self._on_error)
         try:
-            self._producer = Producer(
-                {"linger.ms": 5, "message.timeout.ms": 0}
-                | kafka.for_producer()
-                | {"enable.idempotence": True, "error_cb": self._on_error},
-                logger=log,
-            )
             self._consumer = Consumer(
                 {"auto.offset.reset": "earliest"}
-                | kafka.for_consumer()
+                | self._settings.kafka.for_consumer()
                 | {
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,
+                    "isolation.level": "read_committed",
                     "partition.assignment.strategy": "cooperative-sticky",
                     "error_cb": self._on_error,
+                    "log_level": 3,
                 },
                 logger=log,
             )
         except KafkaException as error:
             raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
-        self._consumer.subscribe(
-            [self._settings.topics.events],
-            on_assign=self._on_assign,
-            on_revoke=self._on_revoke,
-            on_lost=self._on_lost,
-        )
+        self._restorer = Restorer(self._settings, self._detector.vocabulary, self._consumer)
         try:
-            self._loop(stop)
-            self._commit(SHUTDOWN_SECONDS)
-        finally:
-            self._consumer.close()
-            left = self._producer.flush(0)
-        if left:
-            raise UserError(
-                f"{left:,} messages were not acknowledged in time; their events will be read again at the next start"
+            self._consumer.subscribe(
+                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
+            self._loop(stop)
+        except BaseException:
+            self._failure = self._failure or "stopped by an error"  # nothing half done may be committed on the way out
+            raise
+        finally:
+            self._consumer.close()  # gives the partitions back, which commits what is done
+            self._delivery.close()
+        self._raise_failure()
 
     def _loop(self, stop: Event) -> None:
         scoring = self._settings.scoring
         interval = self._settings.commit.interval.total_seconds()
+        checkpoint_interval = self._settings.checkpoint.interval.total_seconds()
         wait = min(scoring.max_wait.total_seconds(), interval)
-        commit_at = time.monotonic() + interval
-        report_at = time.monotonic() + _REPORT_SECONDS
+        now = time.monotonic()
+        commit_at, report_at = now + interval, now + _REPORT_SECONDS
+        self._checkpoint_at = now + checkpoint_interval
         while not stop.is_set():
-            messages = self._consumer.consume(scoring.max_batch, wait)
-            self._take(messages)
-            self._close_silent()
-            self._producer.poll(0)
-            if self._failure:
-                raise UserError(self._failure)
-            now = time.monotonic()
-            if now >= commit_at:
-                self._commit(interval)
-                commit_at = now + interval
+            try:
+                self._take(self._consumer.consume(scoring.max_batch, wait))
+                self._close_silent()
+                self._delivery.poll()
+                self._raise_failure()
+                now = time.monotonic()
+                if now >= commit_at:
+                    begin = now >= self._checkpoint_at
+                    if begin:
+                        self._checkpoint_at = now + checkpoint_interval
+                    self._commit(begin=begin)
+                    commit_at = time.monotonic() + interval
+            except TransactionAborted as reason:
+                log.warning("transaction aborted (%s): recovering", reason)
+                self._recovery_due = True
+            if self._recovery_due:
+                self._recover()
             if now >= report_at:
                 log.info("%s", self.summary())
                 report_at = now + _REPORT_SECONDS
@@ -112,140 +141,202 @@ class Service:
         )
 
     def _take(self, messages: Sequence[Message]) -> None:
-        """Decode and judge messages; alerts and dead letters go to the producer."""
-        batches: dict[int, EventBatch] = {}
+        """Decode and judge messages; alerts and dead letters go to the delivery."""
+        live: dict[int, EventBatch] = {}
+        done: dict[int, EventBatch] = {}  # judged by a predecessor: taken in without publishing
+        now = time.monotonic()
         for message in messages:
             if message.error():
                 self._on_message_error(message.error())
                 continue
             partition, offset = message.partition(), message.offset()
-            if partition not in self._active or offset < self._positions.get(partition, 0):
+            assigned = self._assigned.get(partition)
+            if assigned is None or offset < assigned.position:
                 continue  # no longer ours, or seen before a rebalance gave the partition back
-            self.messages += 1
-            self._positions[partition] = offset + 1
-            self._active[partition] = time.monotonic()
+            assigned.position = offset + 1
+            assigned.touched = True
+            assigned.active = now
+            published = assigned.replay is not None and offset < assigned.replay.until
+            batches = done if published else live
             batch = batches.get(partition)
             if batch is None:
                 batch = batches[partition] = EventBatch()
             try:
-                self._decoder.decode(message.key(), message.value(), offset, batch)
+                self._decoder.decode(message.key(), message.value(), offset, batch, message.timestamp()[1])
             except Undecodable as reason:
-                self._bury(message, str(reason))
-        if batches:
-            self._publish(self._detector.process(batches))
+                if not published:
+                    self._bury(message, str(reason))
+        self.messages += len(messages)
+        for partition, batch in done.items():
+            self._detector.replay(partition, self._masked(partition, batch))
+        if live:
+            self._publish(self._detector.process({part: self._masked(part, batch) for part, batch in live.items()}))
+        for assigned in self._assigned.values():
+            assigned.end_replay()
+
+    def _masked(self, partition: int, batch: EventBatch) -> EventBatch:
+        """Hide what restored sessions include already."""
+        replay = self._assigned[partition].replay
+        return batch if replay is None else replay.masked(batch)
 
     def _close_silent(self) -> None:
         """Close the sessions of partitions that have been silent for the idle timeout, on the wall clock."""
         limit = time.monotonic() - self._settings.windows.idle_timeout.total_seconds()
-        for partition in [partition for partition, active in self._active.items() if active < limit]:
-            self._publish(self._detector.close(partition))
-            self._active[partition] = time.monotonic()
+        for partition, assigned in self._assigned.items():
+            if assigned.active < limit and assigned.replay is None:
+                self._publish(self._detector.close(partition))
+                assigned.touched = True
+                assigned.active = time.monotonic()
 
     def _publish(self, alerts: Iterable[Alert]) -> None:
         for alert in alerts:
             self.alerts += 1
-            self._produce(self._settings.topics.alerts, alert.encode(), alert.block_id.encode(), [])
+            self._delivery.send(self._settings.topics.alerts, alert.encode(), alert.block_id.encode(), [])
 
     def _bury(self, message: Message, reason: str) -> None:
         """Send a message that cannot be decoded to the dead-letter topic, as it was, with why and where from."""
         self.dead_letters += 1
-        origin = [
-            ("dead_letter.reason", reason.encode("utf-8", "replace")),
+        headers: Headers = [
+            *(message.headers() or []),
+            ("dead_letter.reason", reason.encode("utf-8", "replace")[:1000]),
             ("dead_letter.topic", message.topic().encode()),
             ("dead_letter.partition", str(message.partition()).encode()),
             ("dead_letter.offset", str(message.offset()).encode()),
             ("dead_letter.timestamp", str(message.timestamp()[1]).encode()),
         ]
-        headers = [*(message.headers() or []), *origin]
-        self._produce(self._settings.topics.dead_letters, message.value(), message.key(), headers)
+        key, value = message.key(), message.value()
+        size = sum(len(part or b"") for part in (key, value, *(content for _, content in headers)))
+        if size > _LETTER_BYTES:  # with its new headers it might be more than the brokers take; the source has it all
+            headers = [*headers[-5:], ("dead_letter.cut_from_bytes", str(size).encode())]
+            key, value = key and key[:1000], value and value[:_LETTER_BYTES]
+        self._delivery.send(self._settings.topics.dead_letters, value, key, headers)
 
-    def _produce(
-        self, topic: str, value: bytes | None, key: bytes | None, headers: list[tuple[str, bytes | None]]
-    ) -> None:
-        while True:
-            try:
-                self._producer.produce(topic, value, key, headers=headers, on_delivery=self._on_delivery)
-            except BufferError:  # the brokers are behind: wait for them, which bounds our memory
-                self._producer.poll(0.1)
-            else:
-                return
+    def _commit(self, *, begin: bool = False, finish: Sequence[int] = ()) -> None:
+        """Make durable what is done: in `finish` partitions with a whole checkpoint, they are handed over.
 
-    def _commit(self, seconds: float) -> None:
-        """Commit the input offsets, unless brokers have not acknowledged all alerts within `seconds`."""
-        if self._positions == self._committed:
+        Raises:
+            TransactionAborted: nothing was made durable.
+        """
+        due = {
+            partition: assigned
+            for partition, assigned in self._assigned.items()
+            if (assigned.touched or begin or partition in finish) and not assigned.is_catching_up
+        }
+        if not due:
             return
-        if self._producer.flush(seconds) or self._failure:
-            return
-        topic = self._settings.topics.events
-        offsets = [TopicPartition(topic, partition, offset) for partition, offset in self._positions.items()
-                   if self._committed.get(partition) != offset]  # fmt: skip
+        offsets = [TopicPartition(self._topic, partition, assigned.position) for partition, assigned in due.items()]
+        self._delivery.commit(self._consumer, offsets, self._records(due, begin=begin, finish=finish))
+        for assigned in due.values():
+            assigned.touched = False
+            assigned.leftovers = []
+
+    def _records(self, due: Mapping[int, _Assigned], *, begin: bool, finish: Sequence[int]) -> Iterator[StateRecord]:
+        for partition, assigned in due.items():
+            for key in assigned.leftovers:
+                yield partition, key, None
+            for key, value in assigned.checkpointer.records(
+                assigned.position, begin=begin, finish=partition in finish and assigned.replay is None
+            ):
+                yield partition, key, value
+        if begin:
+            come_by("checkpoint")
+
+    def _begin(self, partition: int) -> TopicPartition:
+        """Restore a partition's windows; return where to read on."""
+        start: Start = self._restorer.start(partition)
+        watermark = start.recovered.checkpoint.watermark if start.recovered.checkpoint else None
+        self._detector.assign(partition, start.recovered.sessions, watermark, start.offset)
+        end = start.replay.end
+        self._assigned[partition] = _Assigned(
+            position=start.offset,
+            touched=False,
+            active=time.monotonic(),
+            replay=start.replay if end > start.offset else None,
+            replay_end=end,
+            leftovers=start.leftovers,
+            checkpointer=Checkpointer(
+                self._detector, partition, self._settings.kafka.group, start.recovered, start.offset
+            ),
+        )
+        return TopicPartition(self._topic, partition, start.offset)
+
+    def _recover(self) -> None:
+        """Go back to what is committed, in all partitions: memory is ahead of it."""
+        self._recovery_due = False
+        for partition in list(self._assigned):
+            where = self._begin(partition)
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    self._consumer.seek(where)
+                except KafkaException as error:
+                    if time.monotonic() > deadline:
+                        raise UserError(f"kafka: cannot go back to {where}: {error.args[0].str()}") from None
+                    time.sleep(0.05)
+                else:
+                    break
+
+    def _on_assign(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
-            self._consumer.commit(offsets=offsets, asynchronous=False)
-        except KafkaException as error:
-            reason = error.args[0]
-            if not reason.retriable() and reason.code() not in _REJOINING:
-                raise UserError(f"kafka: the offsets cannot be committed: {reason.str()}") from None
-            log.warning("offsets not committed, will try again: %s", reason.str())
-        else:
-            self._committed = dict(self._positions)
-
-    def _on_assign(self, _: Consumer, partitions: Sequence[TopicPartition]) -> None:
-        for assigned in partitions:
-            self._detector.assign(assigned.partition)
-            self._active[assigned.partition] = time.monotonic()
+            consumer.incremental_assign([self._begin(assigned.partition) for assigned in partitions])
+        except UserError as error:  # a callback cannot raise through librdkafka
+            self._failure = str(error)
+            return
+        come_by("rebalance")
         log.info("assigned partitions %s", _numbers(partitions))
 
-    def _on_revoke(self, _: Consumer, partitions: Sequence[TopicPartition]) -> None:
-        self._commit(SHUTDOWN_SECONDS)
-        self._drop(partitions)
+    def _on_revoke(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
+        numbers = [revoked.partition for revoked in partitions if revoked.partition in self._assigned]
+        try:
+            if not self._failure and not self._recovery_due:
+                self._commit(finish=numbers)
+        except TransactionAborted as reason:
+            log.warning("transaction aborted (%s): what is not committed will be done again", reason)
+            self._recovery_due = True
+        except UserError as error:
+            self._failure = str(error)
+        self._drop(numbers)
+        consumer.incremental_unassign(partitions)
+        come_by("rebalance")
         log.info("gave back partitions %s", _numbers(partitions))
 
-    def _on_lost(self, _: Consumer, partitions: Sequence[TopicPartition]) -> None:
-        self._drop(partitions)
+    def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
+        self._delivery.abort()
+        self._drop([lost.partition for lost in partitions])
+        self._recovery_due = True  # what else was in the transaction is gone with it
+        consumer.incremental_unassign(partitions)
         log.warning("lost partitions %s: another member has them now", _numbers(partitions))
 
-    def _drop(self, partitions: Sequence[TopicPartition]) -> None:
-        for dropped in partitions:
-            self._detector.revoke(dropped.partition)
-            for known in (self._positions, self._committed, self._active):
-                known.pop(dropped.partition, None)
+    def _drop(self, partitions: Iterable[int]) -> None:
+        for partition in partitions:
+            self._detector.revoke(partition)
+            self._assigned.pop(partition, None)
 
-    def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
-        if error is not None:
-            self._failure = f"{message.topic()}: a message could not be delivered: {error.str()}"
+    def _raise_failure(self) -> None:
+        if self._failure:
+            raise UserError(self._failure)
 
     def _on_error(self, error: KafkaError) -> None:
-        """Hear of trouble with the brokers. librdkafka mends all but the fatal ones by itself."""
-        if error.fatal() or error.code() in _HOPELESS:
+        """Hear of trouble with the brokers; librdkafka mends most by itself, and a fenced producer is replaced."""
+        if error.code() in _HOPELESS:
             self._failure = f"kafka: {error.str()}"
         else:
             log.warning("kafka: %s", error.str())
 
     def _on_message_error(self, error: KafkaError) -> None:
-        if error.code() in _HOPELESS or error.fatal():
-            self._failure = f"{self._settings.topics.events}: {error.str()}"
+        if error.code() in _HOPELESS:
+            self._failure = f"{self._topic}: {error.str()}"
         else:
-            log.warning("%s: %s", self._settings.topics.events, error.str())
+            log.warning("%s: %s", self._topic, error.str())
 
-
-_REJOINING = {
-    KafkaError.ILLEGAL_GENERATION,
-    KafkaError.REBALANCE_IN_PROGRESS,
-    KafkaError.UNKNOWN_MEMBER_ID,
-    KafkaError._NO_OFFSET,  # noqa: SLF001 - confluent-kafka names librdkafka's own errors so
-    KafkaError._TIMED_OUT,  # noqa: SLF001
-    KafkaError._TRANSPORT,  # noqa: SLF001
-    KafkaError._WAIT_COORD,  # noqa: SLF001
-    KafkaError._ASSIGNMENT_LOST,  # noqa: SLF001
-}
-"""A commit refused for one of these is made again by whoever owns the partition next."""
 
 _HOPELESS = {
-    KafkaError._AUTHENTICATION,  # noqa: SLF001
+    KafkaError._AUTHENTICATION,  # noqa: SLF001 - confluent-kafka names librdkafka's own errors so
     KafkaError.SASL_AUTHENTICATION_FAILED,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
     KafkaError.UNKNOWN_TOPIC_OR_PART,
     KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
 }

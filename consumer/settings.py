@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,9 @@ _OURS = {
     "enable.auto.commit": "offsets are committed only after their alerts",
     "enable.auto.offset.store": "offsets are committed only after their alerts",
     "enable.partition.eof": "the consumer decides",
+    "isolation.level": "recovery needs to know what is committed",
+    "transactional.id": "every process has its own",
+    "enable.idempotence": "delivery needs it",
     "partition.assignment.strategy": "the consumer needs cooperative-sticky",
 }
 """librdkafka settings that the consumer's promises rest on, and why they cannot be changed."""
@@ -93,14 +96,15 @@ class TopicSettings(Section):
     events: TopicName = "log-events"
     alerts: TopicName = "log-anomaly-alerts"
     dead_letters: TopicName = "log-anomaly-dead-letters"
+    state: TopicName = "log-anomaly-state"
     create: bool = True
     partitions: int = Field(default=6, ge=1, le=10_000)
     replication_factor: int = Field(default=1, ge=1, le=32)
 
     @model_validator(mode="after")
     def _distinct(self) -> "TopicSettings":
-        if len({self.events, self.alerts, self.dead_letters}) < 3:
-            raise ValueError("events, alerts and dead_letters should be three different topics")
+        if len({self.events, self.alerts, self.dead_letters, self.state}) < 4:
+            raise ValueError("events, alerts, dead_letters and state should be four different topics")
         return self
 
 
@@ -131,6 +135,8 @@ class WindowSettings(Section):
     """`windows:` — when a block is over."""
 
     idle_timeout: Duration = timedelta(hours=24)
+    max_open_blocks: int = Field(default=1_000_000, ge=1, le=2**31 - 1)
+    max_ahead: Duration = timedelta(hours=1)
 
 
 class CalibrationSettings(Section):
@@ -147,6 +153,16 @@ class CommitSettings(Section):
     interval: Duration = timedelta(milliseconds=100)
 
 
+class CheckpointSettings(Section):
+    """`checkpoint:` — how often open windows are stored."""
+
+    interval: Duration = timedelta(seconds=30)
+
+
+Delivery = Literal["exactly_once", "at_least_once"]
+"""Whether alerts, windows and input offsets go through one transaction."""
+
+
 class Settings(Section):
     """Everything in config.yaml."""
 
@@ -159,7 +175,14 @@ class Settings(Section):
     scoring: ScoringSettings = ScoringSettings()
     windows: WindowSettings = WindowSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    delivery: Delivery = "exactly_once"
     commit: CommitSettings = CommitSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+
+def milliseconds(duration: timedelta) -> int:
+    """Return a duration in whole milliseconds."""
+    return round(duration.total_seconds() * 1000)
 
 
 def load_settings(path: Path) -> Settings:

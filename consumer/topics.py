@@ -1,15 +1,22 @@
 """Makes sure that the topics are there before anything is read from or written to them."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
 
 from consumer.settings import Settings
 from model.errors import UserError
 
+log = logging.getLogger("consumer")
+
 _SECONDS = 10.0
+
+
+STATE_CONFIG = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2", "segment.ms": "600000"}
+"""Of the state topic: small segments, so that outdated records go soon and restoring stays quick."""
 
 
 @dataclass(frozen=True)
@@ -93,3 +100,30 @@ def _partitions(settings: Settings) -> dict[str, int]:
             "start one with python -m scripts.local_kafka up, or name another"
         ) from None
     return {name: len(topic.partitions) for name, topic in topics.items()}
+
+
+def check_state_topic(settings: Settings) -> None:
+    """Make sure that the state topic fits the event topic.
+
+    Raises:
+        UserError: its partitions are not as many, or it is not compacted.
+    """
+    events, state = settings.topics.events, settings.topics.state
+    many, there = require_topic(settings, events), require_topic(settings, state)
+    if many != there:
+        raise UserError(
+            f"topic {events} has {many} partitions and {state} has {there}: they must be as many, since the windows "
+            f"of a partition are stored in the partition of the same number; add partitions to {state}, or name "
+            "another one in topics.state to start with empty windows"
+        )
+    admin = _admin(settings)
+    resource = ConfigResource(ConfigResource.Type.TOPIC, state)
+    try:
+        policy = admin.describe_configs([resource], request_timeout=_SECONDS)[resource].result()["cleanup.policy"].value
+    except KafkaException as error:
+        log.warning("cannot check that topic %s is compacted: %s", state, error.args[0].str())
+        return
+    if policy != "compact":
+        raise UserError(
+            f"topic {state} has cleanup.policy={policy}: windows of long-lived blocks would be lost; set it to compact"
+        )

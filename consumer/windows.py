@@ -143,10 +143,13 @@ class WindowStore:
             unknown=self.unknown(slot),
         )
 
-    def restore(self, sessions: Iterable[tuple[str, SessionState]], watermark: int | None) -> dict[str, int]:
+    def restore(
+        self, sessions: Iterable[tuple[str, SessionState]], watermark: int | None, start: int
+    ) -> dict[str, int]:
         """Take in stored sessions, into an empty store; return the slot of each block.
 
-        `watermark` is the one at the checkpoint; the sessions' own may be later.
+        `start` is the offset from which events will be read again, and `watermark` the one there. A session whose
+        last event lies beyond is out of the list of those that can expire until that event comes by as `CLOCK`.
         """
         if watermark is not None:
             self._clock[0] = watermark
@@ -167,7 +170,8 @@ class WindowStore:
             if state.unknown:
                 self._unknown[slot] = dict(state.unknown)
                 self._prune_unknown(slot)
-            link_newest(self._sessions, self._roster, slot)
+            if state.last_offset < start:
+                link_newest(self._sessions, self._roster, slot)
         return dict(self._slots)
 
     def unsaved(self) -> list[int]:

@@ -93,6 +93,7 @@ def _config(folder: Path, bootstrap: str, epochs: int) -> Path:
     settings = {
         "kafka": {"bootstrap.servers": bootstrap, "consumer": {"group.id": "demo"}},
         "device": "cpu",
+        "delivery": "at_least_once",  # the mock has no transactional offsets
         "model": {"path": str(folder / "model")},
         "training": {"epochs": epochs},
         "calibration": {"path": str(folder / "threshold.json"), "quantile": 0.995},
@@ -101,7 +102,7 @@ def _config(folder: Path, bootstrap: str, epochs: int) -> Path:
     path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     topics = Settings().topics
     admin = AdminClient({"bootstrap.servers": bootstrap})
-    for name in (topics.events, topics.alerts, topics.dead_letters):
+    for name in (topics.events, topics.alerts, topics.dead_letters, topics.state):
         admin.list_topics(topic=name, timeout=10)  # the mock creates a topic when it is asked about it
     return path
 

@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score, classification_report, prec
 
 from calibration.block_scores import BlockScores, block_scores
 from calibration.quantile import blocks_needed, conformal_quantile
-from consumer.settings import load_settings
+from consumer.settings import load_settings, milliseconds
 from consumer.threshold import Threshold
 from model.bundle import Bundle
 from model.cli import argument_parser, console, progress_bar, run
@@ -70,7 +70,7 @@ def main() -> None:
     threshold.check(
         bundle,
         every=settings.scoring.every,
-        idle_timeout_ms=round(settings.windows.idle_timeout.total_seconds() * 1000),
+        idle_timeout_ms=milliseconds(settings.windows.idle_timeout),
         path=settings.calibration.path,
     )
     normal = read_normal(arguments.normal).sessions

@@ -47,12 +47,12 @@ class Machine:
             self.scorer, self.threshold, topic="logs", cache_windows=1000, max_open_blocks=self.limit
         )
         start, watermark = (found.checkpoint.offset, found.checkpoint.watermark) if found.checkpoint else (0, None)
-        self.detector.assign(PARTITION, found.sessions, watermark)
+        self.detector.assign(PARTITION, found.sessions, watermark, start)
         covered = {name: state.last_offset for name, state in found.sessions.items()} | found.markers
         replay = Replay(self.committed, covered)
         for offset in range(start, self.committed):  # one by one: cuts must not matter here either
             self.detector.replay(PARTITION, replay.masked(batch_of(vocabulary, self.events, offset, offset + 1)))
-        self.checkpointer = Checkpointer(self.detector, PARTITION, GROUP, found)
+        self.checkpointer = Checkpointer(self.detector, PARTITION, GROUP, found, start)
         self.position, self.pending = self.committed, []
 
     def read(self, count):

@@ -79,6 +79,7 @@ class Line:
                 "events": f"{self.name}-events",
                 "alerts": f"{self.name}-alerts",
                 "dead_letters": f"{self.name}-dead",
+                "state": f"{self.name}-state",
                 "partitions": 3,
             },
             "device": "cpu",

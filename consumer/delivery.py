@@ -1,0 +1,260 @@
+"""How alerts, state records and input offsets become durable: together, or one after the other.
+
+What librdkafka reports is handled by class:
+
+    retriable   the same call is made again, for as long as it takes
+    abortable   the transaction is aborted, `TransactionAborted` tells the service to recover and go on
+    fenced      the transaction timed out while the process or the brokers were away: the producer, whose id nobody
+                else uses, is replaced, then as abortable
+    fatal       `UserError`: the process stops with the reason
+"""
+
+import logging
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from consumer.faultpoints import come_by
+from consumer.settings import Settings
+from model.errors import UserError
+
+log = logging.getLogger("consumer")
+
+Headers = list[tuple[str, bytes | None]]
+
+StateRecord = tuple[int, bytes, bytes | None]
+"""Partition, key and value of a state record."""
+
+_CALL_SECONDS = 10.0
+_PATIENCE_SECONDS = 30.0
+_FENCED = {
+    KafkaError._FENCED,  # noqa: SLF001 - confluent-kafka names librdkafka's own errors so
+    KafkaError.INVALID_PRODUCER_EPOCH,
+    KafkaError.INVALID_PRODUCER_ID_MAPPING,
+    KafkaError.UNKNOWN_PRODUCER_ID,
+    KafkaError.PRODUCER_FENCED,
+}
+
+
+class TransactionAborted(Exception):  # noqa: N818 - it names what happened
+    """Nothing since the last commit will be seen; the service has to recover what it held in memory."""
+
+
+class Delivery(ABC):
+    """Takes messages at any time and makes them durable at `commit`. The producer's queue is the only buffer."""
+
+    def __init__(self, settings: Settings, on_error: Callable[[KafkaError], None]) -> None:
+        self._settings = settings
+        self._on_error = on_error
+        self._refused: KafkaError | None = None
+        self._producer = self._connect()
+
+    def send(self, topic: str, value: bytes | None, key: bytes | None, headers: Headers, partition: int = -1) -> None:
+        """Hand over a message; waits while the brokers are behind.
+
+        Raises:
+            TransactionAborted, UserError: as `commit`.
+        """
+        while True:
+            try:
+                self._producer.produce(
+                    topic, value, key, headers=headers, partition=partition, on_delivery=self._delivered
+                )
+            except BufferError:
+                self._producer.poll(0.1)
+            else:
+                return
+
+    def poll(self) -> None:
+        """Let delivery reports in."""
+        self._producer.poll(0)
+
+    @abstractmethod
+    def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition], records: Iterable[StateRecord]) -> None:
+        """Make durable all that was sent, the state records and the input offsets.
+
+        Raises:
+            TransactionAborted: nothing of it became visible.
+            UserError: Kafka refuses for good.
+        """
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Drop what was sent since the last commit, as far as it can be dropped."""
+
+    def close(self) -> None:
+        """End, without waiting."""
+        self._producer.purge()
+        self._producer.flush(0)
+
+    def _own(self) -> dict[str, Any]:
+        return {}
+
+    def _connect(self) -> Producer:
+        try:
+            return Producer(
+                {"linger.ms": 5, "compression.type": "lz4"}
+                | self._settings.kafka.for_producer()
+                | {"enable.idempotence": True, "error_cb": self._on_error, "log_level": 3}
+                | self._own(),
+                logger=log,
+            )
+        except KafkaException as error:
+            raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
+
+    def _delivered(self, error: KafkaError | None, _: Message) -> None:
+        if error is not None and error.code() != KafkaError._PURGE_QUEUE:  # noqa: SLF001
+            self._refused = error
+
+    def _send_records(self, records: Iterable[StateRecord]) -> None:
+        for partition, key, value in records:
+            self.send(self._settings.topics.state, value, key, [], partition)
+
+
+class ExactlyOnce(Delivery):
+    """One transaction a commit. Readers with isolation.level=read_committed see all of it or nothing."""
+
+    def __init__(self, settings: Settings, on_error: Callable[[KafkaError], None]) -> None:
+        self._open = False
+        super().__init__(settings, on_error)
+
+    def _own(self) -> dict[str, Any]:
+        return {"transactional.id": f"{self._settings.kafka.group}-{uuid.uuid4().hex}"}
+
+    def _connect(self) -> Producer:
+        producer = super()._connect()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                producer.init_transactions(_CALL_SECONDS)
+            except KafkaException as error:
+                if not error.args[0].retriable() or time.monotonic() > deadline:
+                    raise UserError(f"kafka: transactions cannot be used: {error.args[0].str()}") from None
+            else:
+                return producer
+
+    def send(self, topic: str, value: bytes | None, key: bytes | None, headers: Headers, partition: int = -1) -> None:
+        """Hand over a message, in the transaction."""
+        self._begin()
+        try:
+            super().send(topic, value, key, headers, partition)
+        except KafkaException as error:
+            self._fail(error.args[0])
+
+    def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition], records: Iterable[StateRecord]) -> None:
+        """Add state records and offsets to the transaction and commit it."""
+        self._begin()
+        self._send_records(records)
+        group = consumer.consumer_group_metadata()
+        self._call(lambda: self._producer.send_offsets_to_transaction(list(offsets), group, _CALL_SECONDS))
+        come_by("before_commit")
+        if come_by("abort"):
+            self.abort()
+            raise TransactionAborted("asked for by scripts.faults")
+        self._call(lambda: self._producer.commit_transaction(_CALL_SECONDS))
+        self._open = False
+        come_by("after_commit")
+
+    def abort(self) -> None:
+        """Abort the transaction, if one is open."""
+        if not self._open:
+            return
+        self._open = False
+        while True:
+            try:
+                self._producer.abort_transaction(_CALL_SECONDS)
+            except KafkaException as error:
+                if not error.args[0].retriable():
+                    self._replace(error.args[0])
+                    return
+                log.warning("kafka: %s; trying again", error.args[0].str())
+            else:
+                return
+
+    def _begin(self) -> None:
+        if not self._open:
+            try:
+                self._producer.begin_transaction()
+            except KafkaException as error:
+                self._fail(error.args[0])
+            self._open = True
+
+    def _call(self, call: Callable[[], None]) -> None:
+        while True:
+            try:
+                call()
+            except KafkaException as error:
+                if not error.args[0].retriable():
+                    self._fail(error.args[0])
+                log.warning("kafka: %s; trying again", error.args[0].str())
+            else:
+                return
+
+    def _fail(self, error: KafkaError) -> None:
+        """Raise what `error` means; afterwards no transaction is open."""
+        if error.fatal() or error.code() in _FENCED:
+            self._replace(error)
+        else:
+            self.abort()
+        raise TransactionAborted(error.str())
+
+    def _replace(self, error: KafkaError) -> None:
+        """Go on with a new producer if this one was fenced; nobody else uses its id, so it was only too slow."""
+        self._open = False
+        if error.code() not in _FENCED:
+            raise UserError(f"kafka: {error.str()}; the process cannot go on and has to be started again")
+        log.warning("kafka: the producer was fenced (%s): going on with a new one", error.str())
+        self.close()
+        self._producer = self._connect()
+
+
+class AtLeastOnce(Delivery):
+    """Flushes alerts, then state records, then commits offsets: a crash in between repeats alerts, never loses one."""
+
+    def _own(self) -> dict[str, Any]:
+        return {"message.timeout.ms": 0}  # wait for the brokers for as long as it takes
+
+    def send(self, topic: str, value: bytes | None, key: bytes | None, headers: Headers, partition: int = -1) -> None:
+        """Hand over a message; the brokers may make it visible at once."""
+        try:
+            super().send(topic, value, key, headers, partition)
+        except KafkaException as error:
+            raise UserError(f"{topic}: {error.args[0].str()}") from None
+
+    def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition], records: Iterable[StateRecord]) -> None:
+        """Wait for alerts, then for state records, then commit the offsets."""
+        self._flush()
+        self._send_records(records)
+        self._flush()
+        come_by("before_commit")
+        while True:
+            try:
+                consumer.commit(offsets=list(offsets), asynchronous=False)
+            except KafkaException as error:
+                if not error.args[0].retriable():
+                    raise TransactionAborted(error.args[0].str()) from None
+                log.warning("kafka: %s; trying again", error.args[0].str())
+            else:
+                break
+        come_by("after_commit")
+
+    def abort(self) -> None:
+        """Do nothing: what was sent may have been seen, and will be sent again."""
+
+    def _flush(self) -> None:
+        while self._producer.flush(_CALL_SECONDS):
+            log.warning("kafka: alerts are not acknowledged yet; waiting")
+        if self._refused is not None:
+            raise UserError(f"a message could not be delivered: {self._refused.str()}")
+
+
+_KINDS: dict[str, type[Delivery]] = {"exactly_once": ExactlyOnce, "at_least_once": AtLeastOnce}
+
+
+def delivery_for(settings: Settings, on_error: Callable[[KafkaError], None]) -> Delivery:
+    """Return the delivery that `delivery:` asks for, ready to send."""
+    return _KINDS[settings.delivery](settings, on_error)

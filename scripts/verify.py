@@ -1,0 +1,186 @@
+"""`python -m scripts.verify`: were the right alerts published, each of them once?
+
+Reads the event topic again, up to what the consumer group has committed, through the detector's core in this one
+process, and compares with what is in the alerts topic, byte for byte.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from rich.table import Table
+
+from consumer.alerts import Alert
+from consumer.detector import Detector
+from consumer.events import Decoder, EventBatch, Undecodable
+from consumer.settings import Settings, load_settings, milliseconds
+from consumer.threshold import Threshold
+from consumer.topics import require_topic
+from model.bundle import Bundle
+from model.cli import argument_parser, console, progress_bar, run
+from model.device import choose
+from model.errors import UserError
+from model.scoring import Scorer
+from scripts.alerts import read_alerts
+
+_BATCH = 10_000
+
+Key = tuple[str, int]
+"""Alert id and revision: what makes an alert one."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Alerts published against those that the events call for."""
+
+    events: int
+    alerts_expected: int
+    alerts_missing: int
+    alerts_duplicated: int
+    alerts_different: int
+    alerts_extra: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every alert is there once, and no other."""
+        return not (self.alerts_missing or self.alerts_duplicated or self.alerts_different or self.alerts_extra)
+
+
+def main() -> int:
+    """Compare and print; the exit status is 0 only if all is as it should be."""
+    parser = argument_parser("scripts.verify", "Compare the alerts topic with the events, offline.")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
+    arguments = parser.parse_args()
+    settings = load_settings(arguments.config)
+    result = verify(settings)
+    table = Table("", "alerts", title=f"{result.events:,} events read again")
+    for name, count in asdict(result).items():
+        if name.startswith("alerts_"):
+            table.add_row(name.removeprefix("alerts_"), f"{count:,}")
+    console.print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    return 0 if result.is_exact else 1
+
+
+def verify(settings: Settings) -> Comparison:
+    """Compare what is published with what the committed events call for.
+
+    Raises:
+        UserError: topics, model or threshold are not there, or events that the group has read are gone.
+    """
+    bundle = Bundle.load(settings.model.path)
+    threshold = Threshold.load(settings.calibration.path)
+    detector = Detector(
+        Scorer(bundle, threshold.strategy, choose(settings.device)),
+        threshold,
+        topic=settings.topics.events,
+        cache_windows=settings.scoring.cache_windows,
+        max_open_blocks=settings.windows.max_open_blocks,
+    )
+    decoder = Decoder(settings.events, bundle.vocabulary.tokens, milliseconds(settings.windows.max_ahead))
+    committed = _committed(settings)
+    expected: dict[Key, bytes] = {}
+    with progress_bar("reading the events again", sum(committed.values())) as advance:
+        for partition, end in committed.items():
+            detector.assign(partition)
+            for messages in _messages(settings, partition, end):
+                batch = EventBatch()
+                for message in messages:
+                    _decode(decoder, message, batch)
+                for alert in detector.process({partition: batch}):
+                    expected[alert.alert_id, alert.revision] = alert.encode()
+                advance(len(messages))
+            detector.revoke(partition)
+    return _compare(sum(committed.values()), expected, read_alerts(settings), committed)
+
+
+def _compare(
+    events: int, expected: dict[Key, bytes], published: Iterator[bytes], committed: dict[int, int]
+) -> Comparison:
+    seen: Counter[Key] = Counter()
+    different = extra = 0
+    for value in published:
+        alert = msgspec.json.decode(value, type=Alert)
+        if alert.source.last_offset >= committed.get(alert.source.partition, 0):
+            continue  # committed after this comparison began
+        key = (alert.alert_id, alert.revision)
+        seen[key] += 1
+        if key not in expected:
+            extra += 1
+        elif expected[key] != value:
+            different += 1
+    return Comparison(
+        events=events,
+        alerts_expected=len(expected),
+        alerts_missing=len(expected.keys() - seen.keys()),
+        alerts_duplicated=seen.total() - len(seen),
+        alerts_different=different,
+        alerts_extra=extra,
+    )
+
+
+def _decode(decoder: Decoder, message: Message, batch: EventBatch) -> None:
+    with suppress(Undecodable):  # such a message is in the dead-letter topic and in no window
+        decoder.decode(message.key(), message.value(), message.offset(), batch, message.timestamp()[1])
+
+
+def _committed(settings: Settings) -> dict[int, int]:
+    """Return the group's committed offset of each partition."""
+    topic = settings.topics.events
+    partitions = [TopicPartition(topic, number) for number in range(require_topic(settings, topic))]
+    consumer = Consumer(settings.kafka.for_consumer() | {"isolation.level": "read_committed", "log_level": 3})
+    try:
+        found = {place.partition: max(place.offset, 0) for place in consumer.committed(partitions, timeout=30)}
+        for place in partitions:
+            low, _ = consumer.get_watermark_offsets(place, timeout=10)
+            if low and found[place.partition]:
+                raise UserError(
+                    f"{topic}/{place.partition}: events before offset {low} are gone, so the windows cannot be made again"
+                )
+    except KafkaException as error:
+        raise UserError(f"kafka: {error.args[0].str()}") from None
+    finally:
+        consumer.close()
+    return found
+
+
+def _messages(settings: Settings, partition: int, end: int) -> Iterator[list[Message]]:
+    """Yield the messages of a partition up to the offset `end`."""
+    topic = settings.topics.events
+    consumer = Consumer(
+        settings.kafka.for_consumer()
+        | {
+            "isolation.level": "read_committed",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "log_level": 3,
+        }
+    )
+    try:
+        consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
+        position = 0
+        while position < end:
+            messages = []
+            for message in consumer.consume(_BATCH, 0.5):
+                error = message.error()
+                if error is None:
+                    position = message.offset() + 1
+                    if position <= end:
+                        messages.append(message)
+                elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own
+                    position = end
+                elif not error.retriable():
+                    raise UserError(f"{topic}: {error.str()}")
+            yield messages
+    finally:
+        consumer.close()
+
+
+if __name__ == "__main__":
+    run(main)
