@@ -97,9 +97,9 @@ class Delivery(ABC):
     def _connect(self) -> Producer:
         try:
             return Producer(
-                {"linger.ms": 5, "compression.type": "lz4"}
+                {"linger.ms": 5, "compression.type": "lz4", "log_level": 3}
                 | self._settings.kafka.for_producer()
-                | {"enable.idempotence": True, "error_cb": self._on_error, "log_level": 3}
+                | {"enable.idempotence": True, "error_cb": self._on_error}
                 | self._own(),
                 logger=log,
             )

@@ -75,7 +75,7 @@ class Service:
         self._delivery = delivery_for(self._settings, self._on_error)
         try:
             self._consumer = Consumer(
-                {"auto.offset.reset": "earliest"}
+                {"auto.offset.reset": "earliest", "log_level": 3}
                 | self._settings.kafka.for_consumer()
                 | {
                     "enable.auto.commit": False,
@@ -83,7 +83,6 @@ class Service:
                     "isolation.level": "read_committed",
                     "partition.assignment.strategy": "cooperative-sticky",
                     "error_cb": self._on_error,
-                    "log_level": 3,
                 },
                 logger=log,
             )

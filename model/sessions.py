@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import heapq
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from io import BufferedReader, TextIOWrapper
 from itertools import chain
 from pathlib import Path
+from sys import intern
 from typing import IO, cast
 
 import msgspec
@@ -25,9 +25,13 @@ FORMATS = (
 )
 """What can be read, for people."""
 
+_JSONL = "session JSONL"
 _LABEL_FILES = ("anomaly_label.csv", "labels.csv")
 _ANOMALOUS = {"anomaly": True, "fail": True, "1": True, "normal": False, "success": False, "0": False}
+_TRACE_COLUMNS = ("BlockId", "Features")
+_EVENT_COLUMNS = ("timestamp", "block_id", "event_id")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
 _FIRST_EVENT = 1_000_000_000_000  # 2001-09-09T01:46:40Z: when the events of files without timestamps begin
 
 
@@ -59,8 +63,12 @@ class SessionFile:
     labels: Path | None
 
     def __str__(self) -> str:
-        labelled = f", labels from {self.labels.name}" if self.labels else ""
-        return f"{self.path}: {self.format}, {len(self.sessions):,} sessions{labelled}"
+        summary = f"{self.path}: {self.format}, {len(self.sessions):,} sessions"
+        if self.labels:
+            summary += f", labels from {self.labels.name}"
+            if unlabelled := sum(session.anomalous is None for session in self.sessions):
+                summary += f" (which lacks {unlabelled:,} of the blocks)"
+        return summary
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,13 @@ class NormalSessions:
     files: list[str]
 
 
-class _Line(msgspec.Struct):
+class _Line(msgspec.Struct, gc=False):
     block_id: str
     events: list[str]
     label: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Line).decode
 
 
 def read_sessions(path: Path) -> SessionFile:
@@ -84,18 +95,7 @@ def read_sessions(path: Path) -> SessionFile:
     Raises:
         UserError: the file cannot be read or understood; the message names the line.
     """
-    with _opened(path) as lines:
-        first, rest = _begin(path, lines)
-        if first.startswith("{"):
-            sessions = [_session(path, number, line) for number, line in enumerate(rest, 1) if line.strip()]
-            return _labelled(path, "session JSONL", sessions)
-        header, rows = _table(path, rest)
-        if {"BlockId", "Features"} <= set(header):
-            return _labelled(path, "Event_traces CSV", list(_traces(path, header, rows)))
-        events: dict[str, list[str]] = {}
-        for event in _csv_events(path, header, rows):
-            events.setdefault(event.block_id, []).append(event.event_id)
-        return _labelled(path, "event CSV", [Session(block, tuple(ids)) for block, ids in events.items()])
+    return _labelled(path, *_parse(path))
 
 
 def read_normal(paths: Sequence[Path]) -> NormalSessions:
@@ -129,16 +129,11 @@ def read_events(path: Path) -> Iterator[Event]:
         first, rest = _begin(path, lines)
         if not first.startswith("{"):
             header, rows = _table(path, rest)
-            if not {"BlockId", "Features"} <= set(header):
-                yield from _csv_events(path, header, rows)
+            if not _is_traces(path, header):
+                for event in _csv_events(path, header, rows):
+                    yield Event(*event)
                 return
-    sessions = read_sessions(path).sessions
-    moments = heapq.merge(
-        *([(start + step, start) for step in range(len(session.events))] for start, session in enumerate(sessions))
-    )
-    for second, start in moments:
-        session = sessions[start]
-        yield Event(_FIRST_EVENT + 1000 * second, session.block_id, session.events[second - start])
+    yield from _interleaved(_parse(path)[1])
 
 
 def read_templates(path: Path) -> dict[str, str]:
@@ -165,60 +160,88 @@ def read_labels(path: Path) -> dict[str, bool]:
         return {row[block]: _anomalous(path, number, row[label]) for number, row in rows}
 
 
+def _parse(path: Path) -> tuple[str, list[Session]]:
+    """Return what the file is, for people, and the sessions as it tells them."""
+    with _opened(path) as lines:
+        first, rest = _begin(path, lines)
+        if first.startswith("{"):
+            return _JSONL, [_session(path, number, line) for number, line in enumerate(rest, 1) if line.strip()]
+        header, rows = _table(path, rest)
+        if _is_traces(path, header):
+            return "Event_traces CSV", list(_traces(path, header, rows))
+        events: dict[str, list[str]] = {}
+        for _, block, event in _csv_events(path, header, rows):
+            events.setdefault(block, []).append(intern(event))
+        return "event CSV", [Session(block, tuple(ids)) for block, ids in events.items()]
+
+
 def _session(path: Path, number: int, line: str) -> Session:
     try:
-        item = msgspec.json.decode(line, type=_Line)
+        item = _decode(line)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not a session ({error}); mend or remove the line") from None
-    if not item.events or not item.block_id:
-        raise UserError(f"{path}, line {number}: a session needs a block_id and at least one event; remove the line")
-    return Session(
-        item.block_id, tuple(item.events), None if item.label is None else _anomalous(path, number, item.label)
-    )
+    if not item.block_id or not item.events or not all(item.events):
+        raise UserError(
+            f"{path}, line {number}: block_id, events or one of the events is empty; mend or remove the line"
+        )
+    label = None if item.label is None else _anomalous(path, number, item.label)
+    return Session(item.block_id, tuple(map(intern, item.events)), label)
 
 
 def _traces(path: Path, header: list[str], rows: Iterator[tuple[int, list[str]]]) -> Iterator[Session]:
     block, features = header.index("BlockId"), header.index("Features")
     label = header.index("Label") if "Label" in header else None
     for number, row in rows:
-        text = row[features].strip()
-        events = tuple(part.strip().strip("'\"") for part in text.strip("[]").split(",")) if text else ()
-        if not all(events) or not events or not row[block]:
+        events = tuple(intern(part.strip(" '\"")) for part in row[features].strip(" []").split(","))
+        if not row[block] or not all(events):
             raise UserError(f"{path}, line {number}: BlockId or an event of Features is empty; mend or remove the line")
         yield Session(row[block], events, None if label is None else _anomalous(path, number, row[label]))
 
 
-def _csv_events(path: Path, header: list[str], rows: Iterator[tuple[int, list[str]]]) -> Iterator[Event]:
-    columns = [header.index(name) for name in ("timestamp", "block_id", "event_id") if name in header]
-    if len(columns) < 3:
-        raise UserError(f"{path}: unknown columns {', '.join(header[:6])}; understood are {FORMATS}")
-    when, block, event = columns
-    known: tuple[str, int] = ("", 0)  # neighbouring lines mostly share their second
+def _csv_events(path: Path, header: list[str], rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, str, str]]:
+    """Yield timestamp, block id and event id of each row: tuples, since millions of `Event` take twice as long."""
+    when, block, event = (header.index(name) for name in _EVENT_COLUMNS)
+    text, time = None, 0
     for number, row in rows:
-        if row[when] != known[0]:
-            known = row[when], _milliseconds(path, number, row[when])
+        if row[when] != text:  # neighbouring lines mostly share their second
+            text, time = row[when], _milliseconds(path, number, row[when])
         if not row[block] or not row[event]:
             raise UserError(f"{path}, line {number}: block_id or event_id is empty; mend or remove the line")
-        yield Event(known[1], row[block], row[event])
+        yield time, row[block], row[event]
+
+
+def _interleaved(sessions: list[Session]) -> Iterator[Event]:
+    """Let each session begin a second after the one before it and speak once a second."""
+    speaking: list[int] = []  # places of the sessions that have begun and are not over
+    for second in range(max(start + len(session.events) for start, session in enumerate(sessions))):
+        if second < len(sessions):
+            speaking.append(second)
+        for start in speaking:
+            session = sessions[start]
+            yield Event(_FIRST_EVENT + 1000 * second, session.block_id, session.events[second - start])
+        speaking = [start for start in speaking if second + 1 - start < len(sessions[start].events)]
 
 
 def _milliseconds(path: Path, number: int, text: str) -> int:
     try:
         if text.isdecimal():
-            return int(text)
-        moment = datetime.fromisoformat(text)
+            time = int(text)
+        else:
+            moment = datetime.fromisoformat(text)
+            time = (moment.replace(tzinfo=moment.tzinfo or UTC) - _EPOCH) // timedelta(milliseconds=1)
     except ValueError:
+        time = -1
+    if not 0 <= time <= _LATEST:
         raise UserError(
-            f"{path}, line {number}: {text[:40]!r} is no timestamp; write ISO 8601 or milliseconds since 1970"
-        ) from None
-    return (moment.replace(tzinfo=moment.tzinfo or UTC) - _EPOCH) // timedelta(milliseconds=1)
+            f"{path}, line {number}: {text[:40]!r} is no timestamp between the years 1970 and 9999; "
+            "write ISO 8601 or milliseconds since 1970"
+        )
+    return time
 
 
 def _labelled(path: Path, kind: str, sessions: list[Session]) -> SessionFile:
     """Take missing labels from a label file beside the sessions, if there is one that knows these blocks."""
-    if not sessions:
-        raise UserError(f"{path}: holds no session")
-    if kind == "session JSONL" or any(session.anomalous is not None for session in sessions):
+    if kind == _JSONL or any(session.anomalous is not None for session in sessions):
         return SessionFile(path, kind, sessions, None)
     for name in _LABEL_FILES:
         beside = path.with_name(name)
@@ -254,36 +277,55 @@ def _opened(path: Path) -> Iterator[IO[str]]:
         raise UserError(f"{path}: the gzip file is damaged or cut short; fetch it again") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; understood are {FORMATS}") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: is not a CSV file ({error}); understood are {FORMATS}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its name") from None
 
 
 def _begin(path: Path, lines: IO[str]) -> tuple[str, Iterator[str]]:
-    """Return the first line and an iterator over all lines."""
-    first = lines.readline(1 << 20)
-    if not first.strip():
-        raise UserError(f"{path}: the file is empty; understood are {FORMATS}")
-    return first, chain([first], lines)
+    """Return the first line that is not blank and an iterator over all lines."""
+    seen = []
+    for line in lines:
+        seen.append(line)
+        if line.strip():
+            return line.lstrip(), chain(seen, lines)
+    raise UserError(f"{path}: the file is empty; understood are {FORMATS}")
 
 
 def _table(path: Path, lines: Iterator[str]) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Return the header of a CSV and its rows with their line numbers."""
-    reader = csv.reader(lines)
-    header = [name.strip() for name in next(reader)]
+    """Return the header of a CSV and its rows with their line numbers: at least one."""
+    rows = _rows(path, lines)
+    header = [name.strip() for name in next(rows)[1]]
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path}: holds one line and nothing else; understood are {FORMATS}")
+    return header, chain([first], rows)
 
-    def rows() -> Iterator[tuple[int, list[str]]]:
+
+def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a CSV, the header first, with their line numbers; all are as wide as the header."""
+    reader = csv.reader(lines, skipinitialspace=True)
+    width = 0
+    try:
         for row in reader:
-            if len(row) != len(header):
-                if not row:
-                    continue
+            width = width or len(row)
+            if row and len(row) == width:
+                yield reader.line_num, row
+            elif row:
                 raise UserError(
-                    f"{path}, line {reader.line_num}: {len(row)} columns, but the header has {len(header)}; mend it"
+                    f"{path}, line {reader.line_num}: {len(row)} columns, but the header has {width}; mend the line"
                 )
-            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}); is a quote left open?") from None
 
-    return header, rows()
+
+def _is_traces(path: Path, header: list[str]) -> bool:
+    """Tell Event_traces.csv from an event CSV, and both from anything else."""
+    for columns in (_TRACE_COLUMNS, _EVENT_COLUMNS):
+        if set(columns) & set(header):
+            for name in columns:
+                _column(path, header, name)
+            return columns == _TRACE_COLUMNS
+    raise UserError(f"{path}: unknown format (begins with {','.join(header)[:60]!r}); understood are {FORMATS}")
 
 
 def _column(path: Path, header: list[str], name: str) -> int:

@@ -81,7 +81,7 @@ def main() -> int:
         folder = arguments.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         tally, result = _Trial(arguments, folder).run()
-    outcome = asdict(tally) | asdict(result)
+    outcome = asdict(result) | asdict(tally)
     table = Table("", "count", title="faults, and what came of them")
     for name, value in outcome.items():
         if name != "exits":
@@ -151,6 +151,7 @@ class _Trial:
         changes = {
             "kafka": {
                 "bootstrap.servers": self._kafka.bootstrap,
+                "log_level": 2,  # that the broker is away is no news here
                 "consumer": {"group.id": "faults", "session.timeout.ms": _SESSION_MS, "heartbeat.interval.ms": 500},
                 "producer": {"transaction.timeout.ms": 5000},
             },

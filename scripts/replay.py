@@ -123,9 +123,10 @@ class _Sink:
         self._done = done
         try:
             self._producer = Producer(
-                {"linger.ms": 20, "queue.buffering.max.messages": 200_000}
+                # log_level 3: below it is news of things that librdkafka mends itself
+                {"linger.ms": 20, "queue.buffering.max.messages": 200_000, "log_level": 3}
                 | settings.kafka.for_producer()
-                | {"enable.idempotence": True, "log_level": 3}  # below: news of things that librdkafka mends itself
+                | {"enable.idempotence": True}
             )
         except KafkaException as error:
             raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None

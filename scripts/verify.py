@@ -141,7 +141,7 @@ def _committed(settings: Settings) -> dict[int, int]:
             low, _ = consumer.get_watermark_offsets(place, timeout=10)
             if low and found[place.partition]:
                 raise UserError(
-                    f"{topic}/{place.partition}: events before offset {low} are gone, so the windows cannot be made again"
+                    f"{topic}/{place.partition}: events before offset {low} are gone: windows cannot be made again"
                 )
     except KafkaException as error:
         raise UserError(f"kafka: {error.args[0].str()}") from None
