@@ -13,8 +13,8 @@ import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
@@ -91,13 +91,16 @@ class Delivery(ABC):
         self._producer.purge()
         self._producer.flush(0)
 
+    _defaults: ClassVar[Mapping[str, Any]] = {}
+    """librdkafka settings that users may change."""
+
     def _own(self) -> dict[str, Any]:
         return {}
 
     def _connect(self) -> Producer:
         try:
             return Producer(
-                {"linger.ms": 5, "compression.type": "lz4", "log_level": 3}
+                {"linger.ms": 5, "compression.type": "lz4", "log_level": 3, **self._defaults}
                 | self._settings.kafka.for_producer()
                 | {"enable.idempotence": True, "error_cb": self._on_error}
                 | self._own(),
@@ -117,6 +120,9 @@ class Delivery(ABC):
 
 class ExactlyOnce(Delivery):
     """One transaction a commit. Readers with isolation.level=read_committed see all of it or nothing."""
+
+    # A successor waits until a dead process's transaction has timed out, so this bounds the pause after kill -9.
+    _defaults: ClassVar[Mapping[str, Any]] = {"transaction.timeout.ms": 10_000}
 
     def __init__(self, settings: Settings, on_error: Callable[[KafkaError], None]) -> None:
         self._open = False
@@ -228,9 +234,9 @@ class AtLeastOnce(Delivery):
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition], records: Iterable[StateRecord]) -> None:
         """Wait for alerts, then for state records, then commit the offsets."""
         self._flush()
+        come_by("before_commit")
         self._send_records(records)
         self._flush()
-        come_by("before_commit")
         while True:
             try:
                 consumer.commit(offsets=list(offsets), asynchronous=False)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic
+from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, NewTopic
 
 from consumer.settings import Settings
 from model.errors import UserError
@@ -35,14 +35,18 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
         UserError: no broker answers, a topic is missing and `topics.create` is false, or Kafka refuses.
     """
     wanted = list(specs)
-    there = _partitions(settings)
-    missing = [spec for spec in wanted if spec.name not in there]
+    cluster = _cluster(settings)
+    missing = [spec for spec in wanted if spec.name not in cluster.topics]
     if not missing:
         return []
     names = ", ".join(spec.name for spec in missing)
     if not settings.topics.create:
         raise UserError(f"missing topics: {names}; create them, or set topics.create: true")
     admin = _admin(settings)  # must live until its futures are done
+    if (cluster.cluster_id or "").startswith("mockCluster"):
+        for spec in missing:  # librdkafka's mock knows no request to create a topic: it does so when asked about one
+            admin.list_topics(spec.name, timeout=_SECONDS)
+        return [spec.name for spec in missing]
     futures = admin.create_topics(
         [
             NewTopic(
@@ -63,7 +67,9 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
             created.append(name)
         except KafkaException as error:
             if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another instance was faster
-                raise UserError(f"topic {name} cannot be created: {error.args[0].str()}") from None
+                raise UserError(
+                    f"topic {name} cannot be created: {error.args[0].str()}; see to the settings under topics"
+                ) from None
     return created
 
 
@@ -73,10 +79,28 @@ def require_topic(settings: Settings, name: str) -> int:
     Raises:
         UserError: no broker answers, or there is no such topic.
     """
-    there = _partitions(settings)
-    if name not in there:
+    topics = _cluster(settings).topics
+    if name not in topics:
         raise UserError(f"there is no topic {name} at {settings.kafka.bootstrap}; has the consumer been started?")
-    return there[name]
+    return len(topics[name].partitions)
+
+
+def setting_error(settings: Settings, error: KafkaException) -> UserError:
+    """Name the setting for which librdkafka refused to make a client."""
+    kafka = settings.kafka
+    reason = error.args[0].str().strip()
+    for path, section in (
+        ("kafka", kafka.common),
+        ("kafka.producer", kafka.producer),
+        ("kafka.consumer", kafka.consumer),
+    ):
+        for key, value in section.items():
+            try:  # librdkafka may name another property than the user did: linger.ms is an alias to it
+                AdminClient({key: value, "log_level": 0})
+            except KafkaException as alone:
+                if alone.args[0].str().strip() == reason:
+                    return UserError(f"{path}.{key}: {reason}; mend or remove this setting")
+    return UserError(f"kafka: {reason}; mend this librdkafka setting")
 
 
 def _admin(settings: Settings, hear: Callable[[KafkaError], object] = lambda _: None) -> AdminClient:
@@ -84,22 +108,21 @@ def _admin(settings: Settings, hear: Callable[[KafkaError], object] = lambda _: 
         # Trouble is told once, by us, so librdkafka's own log is silenced.
         return AdminClient({**settings.kafka.for_admin(), "log_level": 0, "error_cb": hear})
     except KafkaException as error:
-        raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
+        raise setting_error(settings, error) from None
 
 
-def _partitions(settings: Settings) -> dict[str, int]:
-    """Return every topic's number of partitions."""
+def _cluster(settings: Settings) -> ClusterMetadata:
+    """Return what the brokers say of themselves and of every topic."""
     heard: list[KafkaError] = []
     admin = _admin(settings, heard.append)
     try:
-        topics = admin.list_topics(timeout=_SECONDS).topics
+        return admin.list_topics(timeout=_SECONDS)
     except KafkaException:
         reason = f" ({heard[-1].str()})" if heard else ""
         raise UserError(
             f"no broker answers at kafka.bootstrap.servers {settings.kafka.bootstrap}{reason}; "
             "start one with python -m scripts.local_kafka up, or name another"
         ) from None
-    return {name: len(topic.partitions) for name, topic in topics.items()}
 
 
 def check_state_topic(settings: Settings) -> None:

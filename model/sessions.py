@@ -292,30 +292,29 @@ def _begin(path: Path, lines: IO[str]) -> tuple[str, Iterator[str]]:
 
 
 def _table(path: Path, lines: Iterator[str]) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Return the header of a CSV and its rows with their line numbers: at least one."""
+    """Return the header of a CSV and its rows with their line numbers; no row at all is an error, too."""
     rows = _rows(path, lines)
-    header = [name.strip() for name in next(rows)[1]]
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{path}: holds one line and nothing else; understood are {FORMATS}")
-    return header, chain([first], rows)
+    return [name.strip() for name in next(rows)[1]], rows
 
 
 def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a CSV, the header first, with their line numbers; all are as wide as the header."""
     reader = csv.reader(lines, skipinitialspace=True)
-    width = 0
+    width = count = 0
     try:
         for row in reader:
+            if not row:
+                continue
             width = width or len(row)
-            if row and len(row) == width:
-                yield reader.line_num, row
-            elif row:
+            if len(row) != width:
                 raise UserError(
                     f"{path}, line {reader.line_num}: {len(row)} columns, but the header has {width}; mend the line"
                 )
+            yield reader.line_num, row
+            count += 1
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}); is a quote left open?") from None
+    if count < 2:
+        raise UserError(f"{path}: holds a header and nothing else; give a file with rows")
 
 
 def _is_traces(path: Path, header: list[str]) -> bool:

@@ -5,28 +5,29 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from consumer.settings import EventSettings, Settings, load_settings
-from consumer.topics import TopicSpec, ensure_topics
+from consumer.topics import TopicSpec, ensure_topics, setting_error
 from model.cli import argument_parser, console, run
 from model.errors import UserError
 from model.sessions import Event, read_events
 
 FLUSH_SECONDS = 60.0
+REPORT_SECONDS = 0.1
 
 
 @dataclass
 class Replayed:
-    """What a replay did."""
+    """What a replay did; `failed` messages were not delivered, `failure` says why the last of them was not."""
 
     events: int = 0
     tombstones: int = 0
-    blocks: int = 0
     failed: int = 0
     failure: str = ""
 
@@ -39,6 +40,7 @@ def main() -> None:
     pace.add_argument("--rate", type=float, metavar="N", help="events a second (default: as fast as Kafka takes them)")
     pace.add_argument("--speed", type=float, metavar="X", help="play timestamps at X times real time")
     parser.add_argument("--tombstones", action="store_true", help="end each block after its last event in the file")
+    parser.add_argument("--topic", metavar="T", help="play into this topic (default: topics.events)")
     keyed = parser.add_mutually_exclusive_group()
     keyed.add_argument("--keyed", action="store_true", default=True, help="key = block id (default)")
     keyed.add_argument("--unkeyed", dest="keyed", action="store_false", help="no key: blocks spread over partitions")
@@ -46,14 +48,15 @@ def main() -> None:
     settings = load_settings(arguments.config)
     for option in ("rate", "speed"):
         value = getattr(arguments, option)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nan, too
             raise UserError(f"--{option} {value:g}: a number above zero is needed")
     if arguments.tombstones and not arguments.keyed:
         raise UserError("--tombstones needs keys: a tombstone names its block by its key; leave out --unkeyed")
 
-    lasts = Counter(event.block_id for event in read_events(arguments.file))
-    total = sum(lasts.values())
-    ensure_topics(settings, [TopicSpec(settings.topics.events)])
+    topic = arguments.topic or settings.topics.events
+    ensure_topics(settings, [TopicSpec(topic)])
+    with console.status(f"counting the events of {arguments.file.name}"):
+        lasts = Counter(event.block_id for event in read_events(arguments.file))
     started = time.monotonic()
     with Progress(
         TextColumn(f"replaying {arguments.file.name}"),
@@ -63,20 +66,21 @@ def main() -> None:
         TimeRemainingColumn(),
         console=console,
     ) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=lasts.total())
         done = replay(
             settings,
             paced(read_events(arguments.file), rate=arguments.rate, speed=arguments.speed),
+            topic=topic,
             keyed=arguments.keyed,
             last_events=lasts if arguments.tombstones else None,
             report=lambda events: bar.update(task, completed=events),
         )
     seconds = time.monotonic() - started
     if done.failed:
-        raise UserError(f"{done.failed:,} messages were not delivered to {settings.topics.events}: {done.failure}")
+        raise _undelivered(done, topic)
     tombstones = f", {done.tombstones:,} tombstones" if done.tombstones else ""
     console.print(
-        f"{done.events:,} events of {len(lasts):,} blocks{tombstones} into {settings.topics.events} "
+        f"{done.events:,} events of {len(lasts):,} blocks{tombstones} into {topic} "
         f"in {seconds:.1f} s ({done.events / seconds:,.0f} events/s)"
     )
 
@@ -85,51 +89,72 @@ def replay(
     settings: Settings,
     events: Iterator[Event],
     *,
+    topic: str | None = None,
     keyed: bool = True,
     last_events: Counter[str] | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> Replayed:
-    """Produce `events` in order; with `last_events` (events of each block) a tombstone after each block's last.
+    """Produce `events` in order, and wait until Kafka has them.
+
+    Args:
+        settings: where Kafka is and what an event's fields are called.
+        events: what to produce.
+        topic: where to; `topics.events` if None.
+        keyed: whether a message's key is its block id.
+        last_events: how many events each block has: a tombstone follows its last one. Only with keys.
+        report: called ten times a second with the number of events so far, and at the end.
 
     Raises:
-        UserError: Kafka refuses.
+        UserError: a Kafka setting is wrong, or messages were lost in a replay that something interrupted.
     """
     done = Replayed()
-    sink = _Sink(settings, done)
     left = Counter(last_events)
     encode = encoder(settings.events)
-    try:
+    reported = time.monotonic()
+    with _Sink(settings, topic or settings.topics.events, done) as sink:
         for event in events:
             key = event.block_id.encode() if keyed else None
             sink.produce(key, encode(event))
             done.events += 1
-            left[event.block_id] -= 1
-            if left[event.block_id] == 0:
-                sink.produce(key, None)
-                done.tombstones += 1
-            if done.events % 1000 == 0:
+            if last_events is not None:
+                left[event.block_id] -= 1
+                if left[event.block_id] == 0:
+                    sink.produce(key, None)
+                    done.tombstones += 1
+            if time.monotonic() - reported > REPORT_SECONDS:
                 report(done.events)
-    finally:
-        sink.close()
+                reported = time.monotonic()
     report(done.events)
     return done
 
 
 class _Sink:
-    """A producer that waits when Kafka is behind and counts what was not delivered."""
+    """A producer that waits when Kafka is behind and counts what was not delivered; leaving it flushes."""
 
-    def __init__(self, settings: Settings, done: Replayed) -> None:
-        self._topic = settings.topics.events
+    def __init__(self, settings: Settings, topic: str, done: Replayed) -> None:
+        self._topic = topic
         self._done = done
         try:
             self._producer = Producer(
                 # log_level 3: below it is news of things that librdkafka mends itself
                 {"linger.ms": 20, "queue.buffering.max.messages": 200_000, "log_level": 3}
                 | settings.kafka.for_producer()
-                | {"enable.idempotence": True}
+                | {"enable.idempotence": True, "delivery.report.only.error": True}
             )
         except KafkaException as error:
-            raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
+            raise setting_error(settings, error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if lost := self._producer.flush(FLUSH_SECONDS):
+            self._done.failed += lost
+            self._done.failure = self._done.failure or f"no broker took them within {FLUSH_SECONDS:.0f} s"
+        if error is not None and self._done.failed:  # nobody gets to see `done`
+            raise _undelivered(self._done, self._topic) from error
 
     def produce(self, key: bytes | None, value: bytes | None) -> None:
         while True:
@@ -137,20 +162,23 @@ class _Sink:
                 self._producer.produce(self._topic, value, key, on_delivery=self._on_delivery)
             except BufferError:
                 self._producer.poll(0.1)
+            except KafkaException as error:  # it cannot even be queued: too large, for example
+                self._on_delivery(error.args[0])
+                return
             else:
                 self._producer.poll(0)
                 return
 
-    def close(self) -> None:
-        lost = self._producer.flush(FLUSH_SECONDS)
-        if lost:
-            self._done.failed += lost
-            self._done.failure = self._done.failure or f"no broker took them within {FLUSH_SECONDS:.0f} s"
-
-    def _on_delivery(self, error: KafkaError | None, _: Message) -> None:
+    def _on_delivery(self, error: KafkaError | None, _: Message | None = None) -> None:
         if error is not None:
             self._done.failed += 1
             self._done.failure = error.str()
+
+
+def _undelivered(done: Replayed, topic: str) -> UserError:
+    return UserError(
+        f"{done.failed:,} messages were not delivered to {topic}: {done.failure}; see to that and replay the file again"
+    )
 
 
 def encoder(fields: EventSettings) -> Callable[[Event], bytes]:

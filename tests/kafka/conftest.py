@@ -1,5 +1,6 @@
 """One real Kafka for the whole run. Where it cannot be started these tests fail: they never skip."""
 
+import os
 import re
 import signal
 import subprocess
@@ -29,7 +30,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory):
-    broker = LocalKafka(tmp_path_factory.mktemp("kafka"), free_port())
+    broker = LocalKafka(
+        tmp_path_factory.mktemp("kafka"),
+        free_port(),
+        properties={"transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000"},
+    )
     broker.up()
     yield broker
     broker.down(purge=True)
@@ -74,6 +79,7 @@ class Line:
             "kafka": {
                 "bootstrap.servers": broker.bootstrap,
                 "consumer": {"group.id": self.name, "session.timeout.ms": 6000},
+                "producer": {"transaction.timeout.ms": 5000},
             },
             "topics": {
                 "events": f"{self.name}-events",
@@ -87,7 +93,10 @@ class Line:
             "calibration": {"path": str(artifacts / "threshold.json")},
         }
         for section, values in changes.items():
-            settings.setdefault(section, {}).update(values)
+            if isinstance(values, dict):
+                settings.setdefault(section, {}).update(values)
+            else:
+                settings[section] = values
         self.config.write_text(yaml.safe_dump(settings))
         self.settings = load_settings(self.config)
         self.processes = []
@@ -101,11 +110,12 @@ class Line:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def start_consumer(self):
+    def start_consumer(self, fault=""):
         log = self.config.with_suffix(f".{len(self.processes)}.log")
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "consumer", "--config", str(self.config)],
+                env=os.environ | {"LOG_ANOMALY_FAULT": fault},
                 cwd=ROOT, stdout=output, stderr=output,
             )  # fmt: skip
         process.log = log

@@ -1,0 +1,207 @@
+"""Nothing lost, nothing twice, on a real Kafka: kills, restarts, resets, and a harness that can fail."""
+
+import json
+import signal
+from pathlib import Path
+from random import Random
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
+
+from scripts.simulator import simulate
+from scripts.verify import verify
+
+
+def message(block, event, time):
+    return block, json.dumps({"block_id": block, "event_id": event, "timestamp": time})
+
+
+def stream(blocks, seed, share=0.2):
+    live = simulate(blocks, share, seed)
+    return [message(event.block_id, event.event_id, event.timestamp) for event in live.events]
+
+
+def joined(line, process):
+    line.wait_for(lambda: "assigned" in process.log.read_text(), what="joining")
+
+
+def test_faults_small_and_seeded(line, tmp_path):
+    """Two minutes of what `scripts.faults` does for as long as one likes."""
+    made = line()
+    out = tmp_path / "faults.json"
+    done = made.run(
+        "scripts.faults", "--events", 25_000, "--kills", 6, "--broker-restarts", 1, "--joins", 1, "--fencings", 1,
+        "--aborts", 1, "--seed", 7, "--json", out, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["alerts_missing"] == result["alerts_duplicated"] == result["alerts_different"] == 0
+    assert result["events"] >= 25_000
+    assert result["alerts_expected"] > 100
+    assert result["kills"] >= 6
+    assert result["broker_restarts"] == 1
+    assert result["rebalances"] > 2
+    assert result["fenced"] >= 1
+
+
+@pytest.mark.parametrize(("delivery", "doubled"), [("exactly_once", False), ("at_least_once", True)])
+def test_without_the_transaction_alerts_come_twice_and_verify_sees_it(line, delivery, doubled):
+    """Killed after the alerts are sent and before the offsets are committed."""
+    made = line(delivery=delivery, commit={"interval": "1s"})
+    first = made.start_consumer("before_commit:1")
+    joined(made, first)
+    made.produce(stream(150, 41))
+    made.wait_for(lambda: first.poll() is not None, what="dying before the commit")
+    assert first.returncode == -signal.SIGKILL
+    made.consume_all()
+    result = verify(made.settings)
+    assert result.alerts_missing == result.alerts_different == result.alerts_extra == 0
+    assert result.alerts_expected > 20
+    assert (result.alerts_duplicated > 0) == doubled
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_blocks_in_mid_life_survive_a_restart(line, number):
+    """Cut everywhere: the second process takes up windows that the first one began."""
+    made = line(checkpoint={"interval": "500ms"})
+    events = stream(100, 43)
+    random = Random(5)
+    begin = 0
+    while begin < len(events):
+        end = begin + random.randint(300, 900)
+        process = made.start_consumer()
+        joined(made, process)
+        made.produce(events[begin:end])
+        made.wait_for(lambda: made.lag() < 100, what="committing most input")
+        made.stop(process, number)
+        begin = end
+    made.consume_all()
+    result = verify(made.settings)
+    assert result.is_exact, result
+    assert result.alerts_expected > 10
+
+
+def test_a_rebalance_hands_windows_over(line):
+    made = line()
+    events = stream(120, 47)
+    first = made.start_consumer()
+    joined(made, first)
+    made.produce(events[: len(events) // 2])
+    made.wait_for(lambda: made.lag() == 0, what="committing the first half")
+    second = made.start_consumer()
+    joined(made, second)
+    made.produce(events[len(events) // 2 :])
+    made.wait_for(lambda: made.lag() == 0, what="committing the second half")
+    assert "open blocks restored" in second.log.read_text()
+    for process in (second, first):
+        assert made.stop(process)[0] == 0
+    assert verify(made.settings).is_exact
+
+
+def test_a_state_topic_that_does_not_fit_is_refused(line):
+    made = line()
+    admin = AdminClient({"bootstrap.servers": made.bootstrap, "log_level": 0})
+    topics = made.settings.topics
+
+    def create(name, partitions, **config):
+        for future in admin.create_topics([NewTopic(name, partitions, 1, config=config)]).values():
+            future.result()
+
+    create(topics.events, 3)
+    create(topics.state, 2, **{"cleanup.policy": "compact"})
+    done = made.run("consumer", check=False)
+    assert done.returncode == 2
+    assert f"topic {topics.events} has 3 partitions and {topics.state} has 2" in done.stderr
+    for future in admin.create_partitions([NewPartitions(topics.state, 3)]).values():
+        future.result()
+    process = made.start_consumer()
+    joined(made, process)
+    made.stop(process)
+
+    other = line(topics={"events": topics.events, "state": f"{made.name}-delete"})
+    create(other.settings.topics.state, 3)
+    done = other.run("consumer", check=False)
+    assert done.returncode == 2
+    assert "cleanup.policy=delete" in done.stderr
+
+
+def test_a_state_topic_of_another_group_is_refused(line):
+    made = line()
+    process = made.start_consumer()
+    joined(made, process)
+    made.produce([message("A", "x", 0)] * 3)
+    made.wait_for(lambda: made.lag() == 0, what="committing")
+    made.stop(process)
+    other = line(topics={"events": made.settings.topics.events, "state": made.settings.topics.state})
+    done = other.run("consumer", check=False)
+    assert done.returncode == 2
+    assert f"belongs to the consumer group {made.name}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_offsets_set_back_by_hand_are_noticed_and_start_with_empty_windows(line):
+    made = line()
+    process = made.start_consumer()
+    joined(made, process)
+    made.produce([(*message("A", "x", number), 0) for number in range(20)])
+    made.wait_for(lambda: made.lag() == 0, what="committing")
+    made.stop(process)
+    consumer = Consumer({"bootstrap.servers": made.bootstrap, "group.id": made.name, "log_level": 0})
+    consumer.commit(offsets=[TopicPartition(made.settings.topics.events, 0, 5)], asynchronous=False)
+    consumer.close()
+    process = made.consume_all()
+    assert "offsets were set back to 5: windows start empty" in process.log.read_text()
+
+
+def test_a_deleted_state_topic_is_noticed(line):
+    made = line()
+    process = made.start_consumer()
+    joined(made, process)
+    made.produce([(*message("A", "x", number), 0) for number in range(20)])
+    made.wait_for(lambda: made.lag() == 0, what="committing")
+    made.stop(process)
+    admin = AdminClient({"bootstrap.servers": made.bootstrap, "log_level": 0})
+    for future in admin.delete_topics([made.settings.topics.state], operation_timeout=10).values():
+        future.result()
+    process = made.consume_all()
+    assert "no windows are stored (was the state topic deleted?)" in process.log.read_text()
+
+
+def test_garbage_costs_neither_the_good_events_nor_memory(line):
+    made = line(windows={"max_open_blocks": 2000}, topics={"partitions": 1})
+    random = Random(3)
+    kinds = [
+        lambda: (None, random.randbytes(random.randint(0, 300))),
+        lambda: ("k", b"[" * random.randint(1, 5000)),
+        lambda: ("k", json.dumps({"block_id": "k", "event_id": "e", "timestamp": 10**17})),
+        lambda: ("k", json.dumps({"block_id": "k", "event_id": "e", "timestamp": 4 * 10**12})),
+        lambda: ("other", json.dumps({"block_id": "k", "event_id": "e", "timestamp": 1})),
+        lambda: (None, None),
+        lambda: ("k", b"x" * 900_000) if random.random() < 0.001 else ("k", b"\xff\xfe"),
+    ]
+    process = made.start_consumer()
+    joined(made, process)
+    good = 5000
+
+    def mixed(number):
+        return [random.choice(kinds)() for _ in range(10)] + [message(f"good-{number}", "never seen", 1000)]
+
+    def resident():
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    made.produce(item for number in range(good // 2) for item in mixed(number))
+    made.wait_for(lambda: made.lag() == 0, what="committing the first half")
+    before = resident()
+    made.produce(item for number in range(good // 2, good) for item in mixed(number))
+    made.wait_for(lambda: made.lag() == 0, what="committing the second half")
+    assert resident() < before + 60
+    assert made.stop(process)[0] == 0
+    alerted = {json.loads(found.value())["block_id"] for found in made.read(made.settings.topics.alerts)}
+    assert len(alerted) == good
+    letters = made.read(made.settings.topics.dead_letters)
+    assert len(letters) == 10 * good
+    assert all(dict(letter.headers())["dead_letter.reason"] for letter in letters)
+    reasons = " ".join({dict(letter.headers())["dead_letter.reason"].decode() for letter in letters})
+    assert "windows.max_ahead" in reasons
