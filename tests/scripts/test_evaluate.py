@@ -1,0 +1,78 @@
+"""The reported measures against plain arithmetic on the same block scores."""
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.block_scores import block_scores
+from calibration.calibrate import calibrate
+from model.bundle import Bundle
+from model.network import Autoencoder, Shape
+from model.scoring import Scorer
+from model.sessions import Session
+from model.vocabulary import Vocabulary
+from scripts.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(3)
+    random = np.random.default_rng(3)
+    vocabulary = Vocabulary(("a", "b", "c"))
+    scorer = Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 5, 16, 2, 1, 16)).eval(), vocabulary))
+
+    def sessions(count, events, anomalous):
+        return [
+            Session(f"s{number}", tuple(random.choice(events, random.integers(1, 9))), anomalous)
+            for number in range(count)
+        ]
+
+    held_out, normal = sessions(300, ["a", "b"], None), sessions(80, ["a", "b"], False)
+    anomalous = sessions(60, ["a", "b", "c", "new"], True)
+    scores = block_scores(held_out, scorer, every=1).blocks
+    threshold = calibrate(scores, scorer, quantile=0.95, every=1, idle_timeout_ms=1)
+    return normal, anomalous, scorer, threshold, scores
+
+
+def test_measures_at_each_quantile(parts):
+    normal, anomalous, scorer, threshold, calibration = parts
+    prior = 0.1
+    result = evaluate(normal, anomalous, scorer, threshold, prior)
+    healthy = block_scores(normal, scorer, every=1).blocks
+    failing = block_scores(anomalous, scorer, every=1).blocks
+    pairs = (failing[:, None] > healthy).mean() + 0.5 * (failing[:, None] == healthy).mean()
+    assert result["auc"] == pytest.approx(pairs)
+    for at in result["at"]:
+        rank = int(np.ceil(301 * at["q"] - 1e-9))
+        if rank > 300:
+            assert at["threshold"] is None
+            continue
+        limit = np.sort(calibration)[rank - 1]
+        assert at["threshold"] == limit
+        alarms, recall = (healthy > limit).mean(), (failing > limit).mean()
+        precision = prior * recall / (prior * recall + (1 - prior) * alarms)
+        assert at["false_alarm_rate"] == pytest.approx(alarms)
+        assert at["recall"] == pytest.approx(recall)
+        assert at["precision"] == pytest.approx(precision)
+        assert at["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+        assert at["true_positives"] + at["false_negatives"] == 60
+    assert result["best_f1"] >= max(at["f1"] for at in result["at"] if at["f1"] is not None)
+    assert 0.95 in {at["q"] for at in result["at"] if at["threshold"] is not None}
+
+
+def test_the_delay_counts_events_up_to_the_first_alert(parts):
+    normal, anomalous, scorer, threshold, _ = parts
+    delay = evaluate(normal, anomalous, scorer, threshold, 0.1)["delay"]
+    events, shares = [], []
+    for session in anomalous:
+        tokens = scorer.bundle.vocabulary.encode(session.events)
+        looks = [(tokens[max(0, end - 5) : end], False, end) for end in range(1, len(tokens) + 1)]
+        looks.append((tokens[-5:], True, len(tokens)))
+        for shown, closing, seen in looks:
+            row = [1, *shown, *([2] if closing else [])]
+            if scorer.explain(np.array(row + [0] * (7 - len(row)), np.uint16)).score > threshold.threshold:
+                events.append(seen)
+                shares.append(seen / len(tokens))
+                break
+    assert delay["median_events"] == np.median(events)
+    assert delay["median_fraction"] == pytest.approx(np.median(shares))
