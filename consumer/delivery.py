@@ -14,6 +14,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -70,7 +71,11 @@ class Delivery(ABC):
                 return
 
     def poll(self) -> None:
-        """Let delivery reports in."""
+        """Let delivery reports in.
+
+        Raises:
+            TransactionAborted, UserError: as `commit`.
+        """
         self._producer.poll(0)
 
     @abstractmethod
@@ -88,8 +93,9 @@ class Delivery(ABC):
 
     def close(self) -> None:
         """End, without waiting."""
-        self._producer.purge()
-        self._producer.flush(0)
+        with suppress(KafkaException):  # a fenced producer says so once more
+            self._producer.purge()
+            self._producer.flush(0)
 
     _defaults: ClassVar[Mapping[str, Any]] = {}
     """librdkafka settings that users may change."""
@@ -148,6 +154,13 @@ class ExactlyOnce(Delivery):
         self._begin()
         try:
             super().send(topic, value, key, headers, partition)
+        except KafkaException as error:
+            self._fail(error.args[0])
+
+    def poll(self) -> None:
+        """Let delivery reports in, and with them news that the producer was fenced."""
+        try:
+            super().poll()
         except KafkaException as error:
             self._fail(error.args[0])
 

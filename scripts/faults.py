@@ -102,6 +102,7 @@ class _Trial:
         self._tally = Tally(arguments.seed)
         self._instances: dict[subprocess.Popen[bytes], Path] = {}
         self._started = count(1)
+        self._broker_away = False
         self._kafka = LocalKafka(
             folder / "kafka",
             free_port(),
@@ -215,6 +216,8 @@ class _Trial:
         log = self._instances.pop(instance)
         if instance.returncode == -signal.SIGKILL:
             self._tally.kills += 1
+        elif instance.returncode == 2 and self._broker_away:
+            pass  # it was just starting and said that no broker answers
         elif instance.returncode not in {0, -signal.SIGTERM}:
             self._tally.unexpected_exits += 1
             lines = log.read_text(errors="replace").splitlines()
@@ -262,9 +265,12 @@ class _Trial:
 
     def _restart_broker(self) -> None:
         self._tally.broker_restarts += 1
+        self._broker_away = True
         self._kafka.kill()
         self._supervise(self._random.uniform(0.5, 3))
         self._kafka.up()
+        self._supervise(1)
+        self._broker_away = False
 
     def _drain(self, settings: Settings) -> None:
         """Wait until the group has committed all input, then stop everybody in good order."""

@@ -74,7 +74,7 @@ def test_a_mistake_is_one_sentence_without_a_traceback(tmp_path):
 
 def test_the_demo_finds_the_faults_it_injected(tmp_path):
     done = run(
-        "-m", "scripts.demo", "--folder", tmp_path, "--blocks", 250, "--training-blocks", 800, "--epochs", 20,
+        "-m", "scripts.demo", "--folder", tmp_path, "--blocks", 250, "--training-blocks", 500, "--epochs", 12,
         timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
