@@ -1,0 +1,93 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from model.bundle import Bundle
+from model.errors import UserError
+from model.network import Autoencoder, Shape
+from model.scoring import Scorer
+from model.vocabulary import BOS, PAD, Vocabulary
+
+ROW = np.array([[BOS, 4, 5, 4, PAD, PAD, PAD, PAD]], np.uint16)
+
+
+@pytest.fixture
+def bundle():
+    torch.manual_seed(2)
+    vocabulary = Vocabulary(("a", "b"), {"a": "template of a"})
+    return Bundle(Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16)).eval(), vocabulary, {"sessions": 3})
+
+
+def test_a_bundle_comes_back_as_it_was(bundle, tmp_path):
+    bundle.save(tmp_path / "deep" / "model")
+    again = Bundle.load(tmp_path / "deep" / "model")
+    assert again.fingerprint == bundle.fingerprint
+    assert again.vocabulary == bundle.vocabulary
+    assert again.training == {"sessions": 3}
+    assert Scorer(again).exact(ROW) == Scorer(bundle).exact(ROW)
+
+
+def test_saving_again_replaces_it_and_leaves_nothing_beside(bundle, tmp_path):
+    bundle.save(tmp_path / "model")
+    other = Bundle(bundle.network, Vocabulary(("a", "c")))
+    other.save(tmp_path / "model")
+    assert Bundle.load(tmp_path / "model").fingerprint == other.fingerprint != bundle.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_fingerprint_is_of_all_that_a_score_depends_on(bundle):
+    with torch.no_grad():
+        changed = Bundle(Autoencoder(bundle.network.shape), bundle.vocabulary)
+        changed.network.load_state_dict(bundle.network.state_dict())
+        assert changed.fingerprint == bundle.fingerprint
+        del changed.__dict__["fingerprint"]
+        changed.network.bias[4] += 1e-6
+    assert changed.fingerprint != bundle.fingerprint
+
+
+def damage_weights(folder):
+    path = folder / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0xFF
+    path.write_bytes(bytes(content))
+
+
+def change(**facts):
+    def damage(folder):
+        path = folder / "model.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (damage_weights, "fingerprint does not match"),
+        (change(events=["b", "a"]), "fingerprint does not match"),
+        (change(events=["a"]), "fingerprint does not match"),
+        (change(format=99), "bundle format 99"),
+        (change(shape={"width": 3}), "damaged"),
+        (lambda folder: (folder / "model.json").write_text("{"), "damaged"),
+        (lambda folder: (folder / "weights.safetensors").write_bytes(b"x"), "damaged"),
+        (lambda folder: (folder / "weights.safetensors").unlink(), "no model bundle there"),
+        (lambda folder: (folder / "model.json").unlink(), "no model bundle there"),
+    ],
+)
+def test_a_damaged_bundle_is_refused_in_one_sentence(bundle, tmp_path, damage, said):
+    bundle.save(tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=said) as caught:
+        Bundle.load(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+    assert "python -m model" in str(caught.value)
+
+
+def test_a_folder_that_is_something_else_is_not_overwritten(bundle, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    with pytest.raises(UserError, match="is no model bundle"):
+        bundle.save(tmp_path / "photos")
+    assert (tmp_path / "photos" / "cat.png").exists()

@@ -1,0 +1,92 @@
+"""Scores against a plain oracle: one window at a time, float64, no padding, numpy pooling."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.bundle import Bundle
+from model.network import Autoencoder, Shape
+from model.scoring import GRID, SCREEN_MARGIN, Scorer
+from model.vocabulary import BOS, END, PAD, Vocabulary
+
+WINDOW = 12
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    torch.manual_seed(11)
+    vocabulary = Vocabulary(tuple("abcdef"))
+    return Bundle(Autoencoder(Shape(len(vocabulary), WINDOW, 16, 4, 2, 32)).eval(), vocabulary)
+
+
+looks = st.tuples(st.lists(st.integers(3, 9), min_size=1, max_size=WINDOW), st.booleans())
+
+
+def rows_of(some):
+    rows = np.full((len(some), WINDOW + 2), PAD, np.uint16)
+    for row, (tokens, closing) in zip(rows, some, strict=True):
+        shown = [BOS, *tokens, *([END] if closing else [])]
+        row[: len(shown)] = shown
+    return rows
+
+
+def surprisals(bundle, row):
+    tokens = torch.tensor(row[row != PAD].astype(np.int64))[None]
+    with torch.no_grad():
+        logits = bundle.network.double()(tokens)[0].numpy()
+    bundle.network.float()
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    logp = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return -logp[np.arange(1, tokens.shape[1]), tokens[0, 1:].numpy()]
+
+
+POOL = {"max": np.max, "mean": np.mean, "topk": lambda values: np.sort(values)[-3:].mean()}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(looks, min_size=1, max_size=20), st.sampled_from(["max", "mean", "topk"]))
+def test_scores_are_those_of_the_oracle(bundle, some, strategy):
+    scorer, rows = Scorer(bundle, strategy), rows_of(some)
+    expected = np.array([POOL[strategy](surprisals(bundle, row)) for row in rows])
+    assert np.abs(scorer.exact(rows) - expected).max() <= GRID / 2 + 1e-9
+    assert np.abs(scorer.screen(rows) - expected).max() < SCREEN_MARGIN / 100
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(looks, min_size=2, max_size=40), st.randoms())
+def test_an_exact_score_depends_on_nothing_but_its_window(bundle, some, random):
+    scorer, rows = Scorer(bundle), rows_of(some)
+    alone = np.array([scorer.exact(row[None])[0] for row in rows])
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    assert np.array_equal(scorer.exact(rows)[order], scorer.exact(rows[order]))
+    assert np.array_equal(scorer.exact(rows), alone)
+    assert np.array_equal(np.round(alone / GRID), np.round(alone / GRID, 0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(looks)
+def test_an_explanation_agrees_with_the_score_and_names_the_worst_event(bundle, some):
+    scorer, row = Scorer(bundle), rows_of([some])[0]
+    why, plain = scorer.explain(row), surprisals(bundle, row)
+    assert why.score == scorer.exact(row[None])[0] == max(why.surprisals)
+    assert np.allclose(why.surprisals, plain, atol=GRID)
+    assert plain[why.offender] == pytest.approx(plain.max())
+    observed = row[1 + why.offender]
+    assert observed not in {token for token, _ in why.expected}
+    probabilities = [probability for _, probability in why.expected]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) + np.exp(-plain.max()) <= 1 + 1e-3
+
+
+def test_many_windows_of_all_lengths_come_back_in_their_places(bundle):
+    random = np.random.default_rng(0)
+    some = [
+        (random.integers(3, 10, random.integers(1, WINDOW + 1)).tolist(), bool(random.integers(2))) for _ in range(5000)
+    ]
+    scorer, rows = Scorer(bundle), rows_of(some)
+    scores = scorer.screen(rows)
+    for place in random.integers(0, 5000, 50):
+        assert scores[place] == pytest.approx(surprisals(bundle, rows[place]).max(), abs=1e-3)

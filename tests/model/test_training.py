@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.bundle import Bundle
+from model.config import ModelSettings, TrainingSettings
+from model.corruption import TrainingWindows, corrupt
+from model.network import Autoencoder, Shape
+from model.scoring import Scorer
+from model.training import train
+from model.vocabulary import BOS, END, PAD, SPECIAL, UNK, Vocabulary
+
+CPU = torch.device("cpu")
+SMALL = ModelSettings(window=8, width=16, heads=2, layers=1, feedforward=32)
+sequences = st.lists(st.lists(st.integers(4, 8), min_size=1, max_size=14), min_size=1, max_size=8)
+
+
+def shown(row):
+    return tuple(token for token in row.tolist() if token not in (BOS, PAD))
+
+
+@settings(max_examples=50, deadline=None)
+@given(sequences, st.integers(2, 9))
+def test_training_windows_are_those_that_the_stream_cuts(sessions, window):
+    """Oracle: every prefix's newest events, and every whole session's with END."""
+    possible = {
+        tuple(session[max(0, end - window) : end]) for session in sessions for end in range(1, len(session) + 1)
+    }
+    possible |= {(*session[-window:], END) for session in sessions}
+    rows = TrainingWindows(sessions, vocabulary=9, window=window, swaps=0).draw(200, np.random.default_rng(0))
+    assert rows.shape == (200, window + 2)
+    assert (rows[:, 0] == BOS).all()
+    assert {shown(row) for row in rows} <= possible
+
+
+def test_all_windows_are_drawn_in_time():
+    sessions = [[4, 5, 6, 7, 8, 4], [5, 5]]
+    rows = TrainingWindows(sessions, vocabulary=9, window=4, swaps=0).draw(3000, np.random.default_rng(0))
+    assert {shown(row) for row in rows} == {
+        (4,), (4, 5), (4, 5, 6), (4, 5, 6, 7), (5, 6, 7, 8), (6, 7, 8, 4), (6, 7, 8, 4, END), (5,), (5, 5), (5, 5, END),
+    }  # fmt: skip
+
+
+def test_only_neighbours_seen_in_both_orders_change_places():
+    sessions = [[4, 5, 6], [4, 6, 5]]
+    rows = TrainingWindows(sessions * 3, vocabulary=9, window=3, swaps=1).draw(2000, np.random.default_rng(0))
+    assert {shown(row)[:3] for row in rows if len(shown(row)) >= 3} == {(4, 5, 6), (4, 6, 5)}
+
+
+def test_rare_sequences_are_drawn_by_the_root_of_their_frequency():
+    sessions = [[4]] * 100 + [[5]]
+    rows = TrainingWindows(sessions, vocabulary=9, window=3, swaps=0).draw(22_000, np.random.default_rng(0))
+    assert (rows[:, 1] == 5).mean() == pytest.approx(1 / 11, abs=0.01)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sequences, st.floats(0.05, 0.9))
+def test_corruption_replaces_its_share_and_leaves_the_frame(sessions, share):
+    random = np.random.default_rng(1)
+    rows = TrainingWindows(sessions, vocabulary=9, window=6, swaps=0).draw(400, random)
+    noisy = corrupt(rows, share, 9, random)
+    frame = (rows == BOS) | (rows == PAD)
+    assert (noisy[frame] == rows[frame]).all()
+    assert noisy[~frame].min() >= END
+    assert noisy.max() < 9
+    for before, after in zip(rows, noisy, strict=True):
+        last = len(shown(before))
+        assert END not in after[1:last], "END stands nowhere but last"
+    changed = (noisy != rows)[~frame].mean()
+    assert 0.4 * share < changed < min(1, 2 * share) + 0.1
+
+
+def test_the_default_network_has_about_71_thousand_parameters():
+    default = ModelSettings()
+    shape = Shape(SPECIAL + 15, default.window, default.width, default.heads, default.layers, default.feedforward)
+    assert 69_000 < Autoencoder(shape).parameter_count < 73_000
+
+
+def test_padding_changes_no_logit():
+    torch.manual_seed(0)
+    network = Autoencoder(Shape(9, 8, 16, 2, 2, 32)).eval().double()
+    tokens = torch.tensor([[BOS, 4, 5, 6]])
+    padded = torch.cat([tokens, torch.full((1, 6), PAD)], dim=1)
+    with torch.no_grad():
+        assert torch.allclose(network(tokens), network(padded)[:, :4], atol=1e-12)
+
+
+GRAMMAR = [list("abcd") * turns + ["z"] for turns in (1, 2, 3)] * 40
+
+
+@pytest.fixture(scope="module")
+def taught():
+    vocabulary = Vocabulary.of(GRAMMAR)
+    losses = []
+    network = train(
+        [vocabulary.encode(session) for session in GRAMMAR], len(vocabulary), SMALL,
+        TrainingSettings(epochs=150, batch_size=64), CPU, losses.append,
+    )  # fmt: skip
+    return Bundle(network, vocabulary), losses
+
+
+def score(bundle, events, *, closed):
+    rows = np.full((len(events), SMALL.window + 2), PAD, np.uint16)
+    for end, row in enumerate(rows, 1):
+        tokens = bundle.vocabulary.encode(events[:end])[-SMALL.window :]
+        tokens = [BOS, *tokens, *([END] if closed and end == len(events) else [])]
+        row[: len(tokens)] = tokens
+    return Scorer(bundle).exact(rows).max()
+
+
+def test_training_teaches_what_is_normal(taught):
+    bundle, progress = taught
+    assert progress[-1].step == progress[-1].steps == len(progress)
+    assert progress[-1].loss < 0.5 * progress[0].loss
+    assert progress[-1].restored > 0.8
+    normal = max(score(bundle, session, closed=True) for session in GRAMMAR[:3])
+    for strange in ("abdcabcdz", "abcdaabcdz", "abzdabcdz"):
+        assert score(bundle, list(strange), closed=True) > normal
+    assert score(bundle, list("abcdab"), closed=True) > normal, "cut short"
+    assert score(bundle, list("abcdab"), closed=False) <= normal, "still open"
+    assert score(bundle, ["a", "b", "never seen", "d"], closed=False) > normal
+
+
+def test_the_same_seed_gives_the_same_model():
+    vocabulary = Vocabulary.of(GRAMMAR)
+    tokens = [vocabulary.encode(session) for session in GRAMMAR]
+
+    def fingerprint(seed):
+        settings = TrainingSettings(epochs=3, batch_size=64, seed=seed)
+        return Bundle(train(tokens, len(vocabulary), SMALL, settings, CPU), vocabulary).fingerprint
+
+    assert fingerprint(1) == fingerprint(1) != fingerprint(2)
+
+
+def test_the_vocabulary_does_not_depend_on_the_order_of_sessions():
+    assert Vocabulary.of([["b", "a"], ["c"]]) == Vocabulary.of([["c"], ["a", "b"]])
+    vocabulary = Vocabulary.of([["b", "a"]], {"a": "text", "other": "text"})
+    assert vocabulary.encode(["a", "b", "x"]) == [SPECIAL, SPECIAL + 1, UNK]
+    assert [vocabulary.name(token) for token in (END, UNK, SPECIAL)] == ["<END>", "<UNK>", "a"]
+    assert (vocabulary.template("a"), vocabulary.template("b")) == ("text", None)
