@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 import msgspec
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 from rich.markup import escape
 from rich.table import Table
 
@@ -59,14 +59,14 @@ def _print(settings: Settings, arguments: Namespace) -> None:
 
 
 class AlertReader:
-    """Reads the committed alerts from the beginning, those of a block in order.
+    """Reads the committed alerts (or another topic) from the beginning, those of a block in order.
 
     Raises:
         UserError: there is no such topic, or Kafka refuses.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._topic = settings.topics.alerts
+    def __init__(self, settings: Settings, topic: str = "") -> None:
+        self._topic = topic or settings.topics.alerts
         partitions = range(require_topic(settings, self._topic))
         self._unread = set(partitions)
         self._consumer = Consumer(
@@ -87,12 +87,17 @@ class AlertReader:
 
     def poll(self, seconds: float) -> bytes | None:
         """Return the next alert as published, None when none came within `seconds`."""
+        message = self.poll_message(seconds)
+        return None if message is None else message.value()
+
+    def poll_message(self, seconds: float) -> Message | None:
+        """Return the next message, None when none came within `seconds`."""
         message = self._consumer.poll(seconds)
         if message is None:
             return None
         error = message.error()
         if error is None:
-            return message.value()
+            return message
         if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's name for it
             self._unread.discard(message.partition())
         elif not error.retriable():

@@ -275,7 +275,7 @@ class _Trial:
     def _drain(self, settings: Settings) -> None:
         """Wait until the group has committed all input, then stop everybody in good order."""
         deadline = time.monotonic() + _DRAIN_SECONDS
-        while (left := _lag(settings)) != 0:
+        while (left := lag(settings)) != 0:
             self._supervise(0.5)
             if time.monotonic() > deadline:
                 raise UserError(
@@ -307,7 +307,7 @@ def _repeated(file: Path | None, events: int, seed: int) -> Iterator[Event]:
         produced += len(once)
 
 
-def _lag(settings: Settings) -> int:
+def lag(settings: Settings) -> int:
     """Return the number of input messages that the group has not committed; -1 while nobody can say."""
     topic = settings.topics.events
     consumer = Consumer(settings.kafka.for_consumer() | {"isolation.level": "read_committed", "log_level": 0})
