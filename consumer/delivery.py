@@ -32,6 +32,7 @@ StateRecord = tuple[int, bytes, bytes | None]
 
 _CALL_SECONDS = 10.0
 _PATIENCE_SECONDS = 30.0
+_REPLACEMENT_PATIENCE_SECONDS = 600.0  # the brokers that fenced the producer may be away for minutes
 _FENCED = {
     KafkaError._FENCED,  # noqa: SLF001 - confluent-kafka names librdkafka's own errors so
     KafkaError.INVALID_PRODUCER_EPOCH,
@@ -132,14 +133,16 @@ class ExactlyOnce(Delivery):
 
     def __init__(self, settings: Settings, on_error: Callable[[KafkaError], None]) -> None:
         self._open = False
+        self._patience = _PATIENCE_SECONDS
         super().__init__(settings, on_error)
+        self._patience = _REPLACEMENT_PATIENCE_SECONDS
 
     def _own(self) -> dict[str, Any]:
         return {"transactional.id": f"{self._settings.kafka.group}-{uuid.uuid4().hex}"}
 
     def _connect(self) -> Producer:
         producer = super()._connect()
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + self._patience
         while True:
             try:
                 producer.init_transactions(_CALL_SECONDS)

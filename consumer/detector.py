@@ -71,6 +71,8 @@ class Detector:
         self._partitions: dict[int, _Partition] = {}
         self.looks = 0
         """Looks taken so far."""
+        self.evicted = 0
+        """Sessions closed so far to make room for others."""
 
     @property
     def scored(self) -> int:
@@ -152,6 +154,7 @@ class Detector:
             scores = self._scores.of(_joined([looks for _, looks in present]))
             begin = 0
             for number, looks in present:
+                self.evicted += int(looks.facts["evicted"].sum())
                 alerts.extend(self._judge(number, looks, scores[begin : begin + len(looks)]))
                 begin += len(looks)
             self.looks += begin

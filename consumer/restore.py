@@ -15,6 +15,7 @@ from consumer.checkpoint import Recovered, Replay, recover
 from consumer.faultpoints import come_by
 from consumer.records import DamagedRecordError
 from consumer.settings import Settings
+from consumer.topics import check_state_topic
 from model.errors import UserError
 from model.vocabulary import Vocabulary
 
@@ -23,7 +24,7 @@ log = logging.getLogger("consumer")
 T = TypeVar("T")
 
 _CALL_SECONDS = 10.0
-_PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS = 600.0
 _SAY_AFTER_SECONDS = 5.0
 
 
@@ -63,7 +64,10 @@ class Restorer:
             UserError: the state topic cannot be read or belongs to another group.
         """
         began = time.monotonic()
-        topic = self._settings.topics.events
+        topic, state = self._settings.topics.events, self._settings.topics.state
+        there = self._patiently(lambda: self._group.list_topics(state, timeout=_CALL_SECONDS)).topics[state].partitions
+        if partition not in there:  # partitions were added to the event topic, or the state topic was deleted
+            check_state_topic(self._settings)
         low, high = self._patiently(
             lambda: self._group.get_watermark_offsets(TopicPartition(topic, partition), timeout=_CALL_SECONDS)
         )

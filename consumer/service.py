@@ -134,9 +134,11 @@ class Service:
 
     def summary(self) -> str:
         """Return where things stand, in a line."""
+        evicted = f", {self._detector.evicted:,} closed early to make room" if self._detector.evicted else ""
         return (
             f"{self.messages:,} messages, {self._detector.looks:,} looks, {self._detector.scored:,} windows scored, "
-            f"{self.alerts:,} alerts, {self.dead_letters:,} dead letters, {self._detector.open_blocks:,} open blocks"
+            f"{self.alerts:,} alerts, {self.dead_letters:,} dead letters, "
+            f"{self._detector.open_blocks:,} open blocks{evicted}"
         )
 
     def _take(self, messages: Sequence[Message]) -> None:

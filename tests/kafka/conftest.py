@@ -206,8 +206,8 @@ def line(kafka, artifacts, tmp_path):
     """Make lines; what they started is killed at the end."""
     lines = []
 
-    def make(**changes):
-        lines.append(Line(kafka, artifacts, tmp_path, **changes))
+    def make(broker=kafka, **changes):
+        lines.append(Line(broker, artifacts, tmp_path, **changes))
         return lines[-1]
 
     yield make

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 from random import Random
 
@@ -9,6 +10,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
+from scripts.local_kafka import LocalKafka, free_port
 from scripts.simulator import simulate
 from scripts.verify import verify
 
@@ -126,6 +128,55 @@ def test_a_state_topic_that_does_not_fit_is_refused(line):
     assert "cleanup.policy=delete" in done.stderr
 
 
+def test_added_partitions_are_noticed_while_running_and_said(line):
+    made = line(kafka={"topic.metadata.refresh.interval.ms": 1000})
+    process = made.start_consumer()
+    joined(made, process)
+    admin = AdminClient({"bootstrap.servers": made.bootstrap, "log_level": 0})
+
+    def grow(topic):
+        for future in admin.create_partitions([NewPartitions(topic, 4)]).values():
+            future.result()
+
+    grow(made.settings.topics.events)
+    assert process.wait(timeout=60) == 2
+    said = process.log.read_text()
+    assert f"topic {made.settings.topics.events} has 4 partitions and {made.settings.topics.state} has 3" in said
+    assert "Traceback" not in said
+    made.processes.clear()
+    grow(made.settings.topics.state)
+    made.produce([(*message("A", "x", 1), 3)])
+    made.consume_all()
+
+
+def test_brokers_away_for_longer_than_a_transaction_lives(line, tmp_path):
+    """The consumer waits, recovers when they are back, and nothing is lost or comes twice."""
+    own = LocalKafka(
+        tmp_path / "kafka",
+        free_port(),
+        properties={"transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000"},
+    )
+    own.up()
+    try:
+        made = line(broker=own)
+        process = made.start_consumer()
+        joined(made, process)
+        events = stream(200, 51)
+        made.produce(events[: len(events) // 2])
+        own.kill()
+        time.sleep(40)
+        assert process.poll() is None, process.log.read_text()
+        own.up()
+        made.produce(events[len(events) // 2 :])
+        made.wait_for(lambda: made.lag() == 0, seconds=120, what="going on")
+        assert made.stop(process)[0] == 0
+        result = verify(made.settings)
+        assert result.is_exact
+        assert result.alerts_expected > 20
+    finally:
+        own.down(purge=True)
+
+
 def test_a_state_topic_of_another_group_is_refused(line):
     made = line()
     process = made.start_consumer()
@@ -198,6 +249,7 @@ def test_garbage_costs_neither_the_good_events_nor_memory(line):
     made.wait_for(lambda: made.lag() == 0, what="committing the second half")
     assert resident() < before + 60
     assert made.stop(process)[0] == 0
+    assert f"{good - 2000:,} closed early to make room" in process.log.read_text()
     alerted = {json.loads(found.value())["block_id"] for found in made.read(made.settings.topics.alerts)}
     assert len(alerted) == good
     letters = made.read(made.settings.topics.dead_letters)
