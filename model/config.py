@@ -65,13 +65,13 @@ class ModelSettings(Section):
 class TrainingSettings(Section):
     """`training:` — how the network learns what normal looks like."""
 
-    epochs: int = Field(default=40, ge=1, le=100_000)
+    epochs: int = Field(default=100, ge=1, le=100_000)
     batch_size: int = Field(default=256, ge=1, le=1_000_000)
     learning_rate: float = Field(default=0.003, gt=0, le=1)
     dropout: float = Field(default=0.05, ge=0, lt=1)
     corruption: float = Field(default=0.10, gt=0, lt=1)
     swaps: float = Field(default=0.7, ge=0, le=1)
-    averaging: float = Field(default=0.999, ge=0, lt=1)
+    averaging: float = Field(default=0.9995, ge=0, lt=1)
     seed: int = Field(default=1, ge=0, lt=2**32)
 
 

@@ -36,8 +36,11 @@ EXPECTED = 3
 """How many alternatives an explanation names."""
 
 _BUCKETS = (8, 12, 16, 20, 24, 32, 40)
-_CELLS = 16_384
+_CELLS_CPU = 16_384
 """Tokens in one forward pass: enough to keep a CPU's cores busy, small enough for its caches."""
+
+_CELLS_ACCELERATOR = 262_144
+"""There a pass must be large, or starting it takes longer than it does; this one fits into 1 GB."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class Scorer:
     def _scores(self, network: torch.nn.Module, rows: Rows) -> NDArray[np.float64]:
         scores = np.empty(len(rows))
         device = next(network.parameters()).device
-        for chosen, length in _batches(rows):
+        cells = _CELLS_CPU if device.type == "cpu" else _CELLS_ACCELERATOR
+        for chosen, length in _batches(rows, cells):
             tokens = torch.from_numpy(rows[chosen, :length].astype(np.int64)).to(device)  # (B, L)
             logits = network(tokens)  # (B, L, V)
             surprisal = -F.log_softmax(logits, -1).gather(2, tokens[:, :, None])[:, :, 0]  # (B, L)
@@ -122,13 +126,13 @@ def _pool(surprisal: Tensor, real: Tensor, strategy: Strategy) -> Tensor:
     return best.masked_fill(~there, 0).sum(1) / there.sum(1)
 
 
-def _batches(rows: Rows) -> Iterator[tuple[NDArray[np.int64], int]]:
+def _batches(rows: Rows, cells: int) -> Iterator[tuple[NDArray[np.int64], int]]:
     """Yield (indices, length): rows of like length together, filled up to a bucket's length, not to the longest."""
     lengths = (rows != PAD).sum(axis=1)
     buckets = np.array([size for size in _BUCKETS if size < rows.shape[1]] + [rows.shape[1]])
     bucket = np.searchsorted(buckets, lengths)
     for index, length in enumerate(buckets.tolist()):
         members = np.flatnonzero(bucket == index)
-        step = max(1, _CELLS // length)
+        step = max(1, cells // length)
         for first in range(0, len(members), step):
             yield members[first : first + step], length

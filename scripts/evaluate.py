@@ -25,6 +25,7 @@ from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
 from model.sessions import Session, read_normal, read_sessions
+from scripts.baselines import CountVectors, NewEvents
 
 QUANTILES = (0.95, 0.99, 0.995, 0.999, 0.9995)
 
@@ -59,10 +60,18 @@ def main() -> None:
         default=0.0293,
         help="share of anomalous blocks in nature (default: HDFS_v1's 0.0293)",
     )
+    parser.add_argument(
+        "--training", type=Path, nargs="+", metavar="FILE", help="the model's training sessions: adds the baselines"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, nargs="+", metavar="FILE", help="the calibration sessions, for the baselines"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results as JSON")
     arguments = parser.parse_args()
     if not 0 < arguments.prior < 1:
         raise UserError(f"--prior {arguments.prior:g}: a share between 0 and 1 is needed, such as 0.03")
+    if bool(arguments.training) != bool(arguments.calibration):
+        raise UserError("--training and --calibration go together: the baselines need both")
     started = time.monotonic()
     settings = load_settings(arguments.config)
     bundle = Bundle.load(settings.model.path)
@@ -82,6 +91,9 @@ def main() -> None:
 
     scorer = Scorer(bundle, threshold.strategy, choose(settings.device))
     result = evaluate(normal, anomalous, scorer, threshold, arguments.prior)
+    if arguments.training:
+        training, held_out = (read_normal(files).sessions for files in (arguments.training, arguments.calibration))
+        result["baseline"] = baselines(training, held_out, normal, anomalous, arguments.prior)
     _show(result, threshold)
     console.print(f"{time.monotonic() - started:.0f} s in all")
     if arguments.json:
@@ -98,19 +110,14 @@ def evaluate(
     with progress_bar("scoring sessions", len(normal) + len(anomalous)) as advance:
         healthy = block_scores(normal, scorer, every=threshold.every, report=advance)
         failing = block_scores(anomalous, scorer, every=threshold.every, report=advance)
-    truth = np.repeat([0, 1], [len(normal), len(anomalous)])
+    truth, weights = _truth(healthy.blocks, failing.blocks, prior)
     scores = np.concatenate([healthy.blocks, failing.blocks])
-    weights = np.where(truth == 1, prior / len(anomalous), (1 - prior) / len(normal))
-    precision, recall, _ = precision_recall_curve(truth, scores, sample_weight=weights)
     calibration = np.repeat(threshold.scores, threshold.counts)
     return {
         "n_normal": len(normal),
         "n_anomalous": len(anomalous),
         "prior": prior,
-        "auc": float(roc_auc_score(truth, scores)),
-        "average_precision": float(average_precision_score(truth, scores, sample_weight=weights)),
-        "best_f1": float(_f1(precision, recall).max()),
-        "at": [asdict(_at(q, calibration, healthy.blocks, failing.blocks, prior)) for q in QUANTILES],
+        **_measures(calibration, healthy.blocks, failing.blocks, prior),
         "delay": _delay(failing, threshold),
         "classification_report": classification_report(
             truth,
@@ -123,6 +130,42 @@ def evaluate(
         "strategy": threshold.strategy,
         "model": threshold.model,
     }
+
+
+def baselines(
+    training: list[Session], calibration: list[Session], normal: list[Session], anomalous: list[Session], prior: float
+) -> dict[str, Any]:
+    """Return the measures of the rules of `scripts.baselines` on the same sessions, under the same keys."""
+    rules: dict[str, CountVectors | NewEvents] = {
+        "count_vector": CountVectors(training),
+        "new_event": NewEvents(training),
+    }
+    return {
+        name: _measures(rule.scores(calibration), rule.scores(normal), rule.scores(anomalous), prior)
+        for name, rule in rules.items()
+    }
+
+
+def _measures(
+    calibration: NDArray[np.float64], normal: NDArray[np.float64], anomalous: NDArray[np.float64], prior: float
+) -> dict[str, Any]:
+    truth, weights = _truth(normal, anomalous, prior)
+    scores = np.concatenate([normal, anomalous])
+    precision, recall, _ = precision_recall_curve(truth, scores, sample_weight=weights)
+    return {
+        "auc": float(roc_auc_score(truth, scores)),
+        "average_precision": float(average_precision_score(truth, scores, sample_weight=weights)),
+        "best_f1": float(_f1(precision, recall).max()),
+        "at": [asdict(_at(q, calibration, normal, anomalous, prior)) for q in QUANTILES],
+    }
+
+
+def _truth(
+    normal: NDArray[np.float64], anomalous: NDArray[np.float64], prior: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return labels and the weights that give each class its share in nature, normal blocks first."""
+    truth = np.repeat([0, 1], [len(normal), len(anomalous)])
+    return truth, np.where(truth == 1, prior / len(anomalous), (1 - prior) / len(normal))
 
 
 def _at(
@@ -204,6 +247,8 @@ def _show(result: dict[str, Any], threshold: Threshold) -> None:
         f"ROC-AUC {result['auc']:.5f}, average precision {result['average_precision']:.4f}, "
         f"best possible F1 {result['best_f1']:.4f}"
     )
+    if "baseline" in result:
+        _show_baselines(result)
     delay = result["delay"]
     if delay["median_events"] is not None:
         console.print(
@@ -216,6 +261,16 @@ def _show(result: dict[str, Any], threshold: Threshold) -> None:
         row = result["classification_report"][name]
         rows.add_row(name, *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1-score")))
     console.print(rows)
+
+
+def _show_baselines(result: dict[str, Any]) -> None:
+    table = Table("", "ROC-AUC", "best F1", title="beside rules without a network, which need the finished block")
+    for q in QUANTILES:
+        table.add_column(f"F1 at {q:g}", justify="right")
+    for name, measures in {"the model": result, **result["baseline"]}.items():
+        points = ("" if at["f1"] is None else f"{at['f1']:.4f}" for at in measures["at"])
+        table.add_row(name.replace("_", " "), f"{measures['auc']:.5f}", f"{measures['best_f1']:.4f}", *points)
+    console.print(table)
 
 
 if __name__ == "__main__":

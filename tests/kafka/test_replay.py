@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_a_whole_beginning(config, simulated):
     settings = load_settings(path)
     ensure_topics(settings, [TopicSpec(settings.topics.events)])
     process = subprocess.Popen(
-        command(path, simulated / "events.csv.gz", "--rate", "300"),
+        command(path, simulated / "events.csv.gz", "--rate", "30"),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60

@@ -11,7 +11,8 @@ from model.network import Autoencoder, Shape
 from model.scoring import Scorer
 from model.sessions import Session
 from model.vocabulary import Vocabulary
-from scripts.evaluate import evaluate
+from scripts.baselines import CountVectors, NewEvents
+from scripts.evaluate import baselines, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,30 @@ def test_the_delay_counts_events_up_to_the_first_alert(parts):
                 break
     assert delay["median_events"] == np.median(events)
     assert delay["median_fraction"] == pytest.approx(np.median(shares))
+
+
+def test_baselines_against_plain_arithmetic():
+    def sessions(*texts):
+        return [Session(text, tuple(text), None) for text in texts]
+
+    training = sessions("aab", "aab", "abb", "a")
+    weight = {"a": np.log(5 / 5) + 1, "b": np.log(5 / 4) + 1, "?": np.log(5) + 1}
+    known = [{"a": 2, "b": 1}, {"a": 1, "b": 2}, {"a": 1, "b": 0}]
+
+    def nearest(text):
+        counts = {"a": text.count("a"), "b": text.count("b")}
+        new = len(text) - sum(counts.values())
+        return new * weight["?"] + min(sum(weight[e] * abs(counts[e] - row[e]) for e in "ab") for row in known)
+
+    texts = ["aab", "aba", "aabb", "bbbb", "aabz", "zy", "a", "ab"]
+    assert CountVectors(training).scores(sessions(*texts)) == pytest.approx([nearest(text) for text in texts])
+    assert NewEvents(training).scores(sessions("ab", "azb", "zzy")).tolist() == [0, 1, 3]
+
+
+def test_baselines_report_what_the_model_reports(parts):
+    normal, anomalous, scorer, threshold, _ = parts
+    model = evaluate(normal, anomalous, scorer, threshold, 0.1)
+    for measures in baselines(normal[:40], normal[40:], normal, anomalous, 0.1).values():
+        assert measures.keys() <= model.keys()
+        assert measures["auc"] > 0.5
+        assert [at["q"] for at in measures["at"]] == [at["q"] for at in model["at"]]
