@@ -6,6 +6,7 @@ share of anomalies, so precision, F1 and average precision weigh each class to `
 
 import json
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def main() -> None:
     result = evaluate(normal, anomalous, scorer, threshold, arguments.prior)
     if arguments.training:
         training, held_out = (read_normal(files).sessions for files in (arguments.training, arguments.calibration))
+        result["delay"]["limit"] = delay_limit([*training, *held_out, *normal], anomalous)
         result["baseline"] = baselines(training, held_out, normal, anomalous, arguments.prior)
     _show(result, threshold)
     console.print(f"{time.monotonic() - started:.0f} s in all")
@@ -225,6 +227,23 @@ def _delay(failing: BlockScores, threshold: Threshold) -> dict[str, float | None
     }
 
 
+def delay_limit(normal: Iterable[Session], anomalous: Sequence[Session]) -> dict[str, float]:
+    """Return how early anything could tell that failing blocks fail, without flagging a known normal one as well.
+
+    A block that has so far been what some normal block was at that point is no failure yet, to whoever sees only
+    its events. `median_fraction` is the share of a block up to its first event after which no normal session among
+    `normal` was like it; `only_at_close` the share of blocks that are such a beginning to their end.
+    """
+    beginnings = {events[:end] for events in {session.events for session in normal} for end in range(len(events) + 1)}
+    fractions, closing = [], 0
+    for session in anomalous:
+        length = len(session.events)
+        parted = next((end for end in range(1, length + 1) if session.events[:end] not in beginnings), None)
+        closing += parted is None
+        fractions.append(1.0 if parted is None else parted / length)
+    return {"median_fraction": float(np.median(fractions)), "only_at_close": closing / len(fractions)}
+
+
 def _show(result: dict[str, Any], threshold: Threshold) -> None:
     table = Table(title=f"{result['n_normal']:,} normal and {result['n_anomalous']:,} anomalous blocks, "
                   f"{result['prior']:.2%} of blocks anomalous in nature")  # fmt: skip
@@ -254,6 +273,11 @@ def _show(result: dict[str, Any], threshold: Threshold) -> None:
         console.print(
             f"at q = {threshold.quantile:g} a failing block is first flagged after {delay['median_events']:g} events, "
             f"{delay['median_fraction']:.0%} of its length (medians); {delay['only_at_close']:.1%} only when they close"
+        )
+    if "limit" in delay:
+        console.print(
+            f"until {delay['limit']['median_fraction']:.0%} of its length (median) a failing block is what some normal "
+            f"block was, {delay['limit']['only_at_close']:.1%} are to their end: alerts before that would be false too"
         )
     console.print(f"classification report at q = {threshold.quantile:g}, weighted to nature:")
     rows = Table("", "precision", "recall", "f1-score")

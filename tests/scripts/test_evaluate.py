@@ -12,7 +12,7 @@ from model.scoring import Scorer
 from model.sessions import Session
 from model.vocabulary import Vocabulary
 from scripts.baselines import CountVectors, NewEvents
-from scripts.evaluate import baselines, evaluate
+from scripts.evaluate import baselines, delay_limit, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +104,12 @@ def test_baselines_report_what_the_model_reports(parts):
         assert measures.keys() <= model.keys()
         assert measures["auc"] > 0.5
         assert [at["q"] for at in measures["at"]] == [at["q"] for at in model["at"]]
+
+
+def test_the_delay_limit_is_where_a_block_first_parts_from_all_normal_ones():
+    def sessions(*texts):
+        return [Session(text, tuple(text), None) for text in texts]
+
+    normal = sessions("abcd", "abdd")
+    limit = delay_limit(normal, sessions("abxx", "ab", "abddd", "xa"))  # at 3 of 4, at the close, 5 of 5, 1 of 2
+    assert limit == {"median_fraction": pytest.approx((0.75 + 1) / 2), "only_at_close": 0.25}
