@@ -131,10 +131,12 @@ def test_ctrl_c_leaves_a_whole_beginning(config, simulated):
     path = config(topics={"partitions": 1})
     settings = load_settings(path)
     ensure_topics(settings, [TopicSpec(settings.topics.events)])
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     process = subprocess.Popen(
         command(path, simulated / "events.csv.gz", "--rate", "30"),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, inherited)
     deadline = time.monotonic() + 60
     while not read(settings):
         assert time.monotonic() < deadline
