@@ -138,8 +138,11 @@ def test_ctrl_c_leaves_a_whole_beginning(config, simulated):
     )  # fmt: skip
     signal.signal(signal.SIGINT, inherited)
     deadline = time.monotonic() + 60
-    while not read(settings):
+    watcher = Consumer(settings.kafka.for_consumer() | {"log_level": 0})
+    while watcher.get_watermark_offsets(TopicPartition(settings.topics.events, 0), timeout=10)[1] == 0:
         assert time.monotonic() < deadline
+        time.sleep(0.05)
+    watcher.close()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (130, "interrupted\n")
