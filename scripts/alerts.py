@@ -58,15 +58,15 @@ def _print(settings: Settings, arguments: Namespace) -> None:
             errors.print(f"the last {arguments.last:,} are shown; --last N shows more, --json all")
 
 
-class AlertReader:
-    """Reads the committed alerts (or another topic) from the beginning, those of a block in order.
+class TopicReader:
+    """Reads the committed messages of a topic from the beginning, those of a block in order.
 
     Raises:
         UserError: there is no such topic, or Kafka refuses.
     """
 
-    def __init__(self, settings: Settings, topic: str = "") -> None:
-        self._topic = topic or settings.topics.alerts
+    def __init__(self, settings: Settings, topic: str) -> None:
+        self._topic = topic
         partitions = range(require_topic(settings, self._topic))
         self._unread = set(partitions)
         self._consumer = Consumer(
@@ -85,12 +85,7 @@ class AlertReader:
         """Whether all alerts that were there have been read."""
         return not self._unread
 
-    def poll(self, seconds: float) -> bytes | None:
-        """Return the next alert as published, None when none came within `seconds`."""
-        message = self.poll_message(seconds)
-        return None if message is None else message.value()
-
-    def poll_message(self, seconds: float) -> Message | None:
+    def poll(self, seconds: float) -> Message | None:
         """Return the next message, None when none came within `seconds`."""
         message = self._consumer.poll(seconds)
         if message is None:
@@ -113,14 +108,14 @@ def read_alerts(settings: Settings, *, follow: bool = False) -> Iterator[bytes]:
     """Yield the committed alerts as published; with `follow` never end.
 
     Raises:
-        UserError: as `AlertReader`.
+        UserError: as `TopicReader`.
     """
-    reader = AlertReader(settings)
+    reader = TopicReader(settings, settings.topics.alerts)
     try:
         while follow or not reader.at_end:
-            value = reader.poll(0.2)
-            if value is not None:
-                yield value
+            message = reader.poll(0.2)
+            if message is not None:
+                yield message.value()
     except KafkaException as error:
         raise UserError(f"{settings.topics.alerts}: {error.args[0].str()}") from None
     finally:

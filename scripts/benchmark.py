@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
@@ -19,23 +19,21 @@ from random import Random
 from threading import Thread
 from typing import Any
 
-import msgspec
 import numpy as np
 import yaml
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 from rich.table import Table
 
-from consumer.alerts import Alert
 from consumer.settings import Settings, load_settings
-from consumer.topics import TopicSpec, ensure_topics
+from consumer.topics import TopicSpec, ensure_topics, require_topic
 from model.bundle import Bundle
 from model.cli import argument_parser, console, run
 from model.errors import UserError
 from model.sessions import Event, read_events
-from scripts.alerts import AlertReader
+from scripts.alerts import TopicReader
 from scripts.faults import lag
-from scripts.local_kafka import LocalKafka, free_port
-from scripts.replay import encoder, paced, replay
+from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
+from scripts.replay import Replayed, Sink, encoder, endless, paced, replay
 from scripts.simulator import simulate
 
 PARTS = ("throughput", "latency", "restore", "garbage")
@@ -58,19 +56,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results as JSON")
     arguments = parser.parse_args()
     given = load_settings(arguments.config)
-    Bundle.load(given.model.path)
+    traffic = _traffic(arguments.file, Bundle.load(given.model.path))
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         kafka = LocalKafka(
             Path(scratch) / "kafka",
             free_port(),
-            properties={"transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000"},
+            properties=QUICK_ABORTS,
         )
         kafka.up()
-        bench = _Bench(given, kafka, Path(scratch))
+        bench = _Bench(given, kafka, Path(scratch), traffic)
         try:
             if "throughput" in arguments.only:
-                results["throughput"] = bench.throughput(arguments.file, arguments.events)
+                results["throughput"] = bench.throughput(arguments.events)
             if "latency" in arguments.only:
                 results["latency_ms"] = bench.latency(arguments.rate, arguments.seconds)
             if "restore" in arguments.only:
@@ -91,16 +89,17 @@ def main() -> None:
 class _Bench:
     """Runs consumers with settings of their own against one broker."""
 
-    def __init__(self, given: Settings, kafka: LocalKafka, folder: Path) -> None:
+    def __init__(self, given: Settings, kafka: LocalKafka, folder: Path, traffic: Sequence[Event]) -> None:
         self._given = given
+        self._traffic = traffic
         self._kafka = kafka
         self._folder = folder
         self._names = count(1)
 
-    def throughput(self, file: Path | None, events: int) -> dict[str, float]:
+    def throughput(self, events: int) -> dict[str, float]:
         """Messages a second: the bare loop, and the consumer with each delivery, from the same topic."""
         settings, _ = self._settings("exactly_once")
-        self._fill(settings, islice(_fresh(file), events))
+        self._fill(settings, islice(endless(self._traffic), events))
         ceiling = _bare_loop(settings)
         found: dict[str, float] = {"messages": float(events), "consume_ceiling_eps": ceiling}
         for delivery in _DELIVERIES:
@@ -118,25 +117,25 @@ class _Bench:
         settings, config = self._settings(delivery)
         with self._consumer(config) as process:
             _wait(lambda: "assigned partitions" in process.log.read_text(), "joining the group")
-            traffic = paced(islice(_fresh(None), int(rate * seconds)), rate=rate)
+            traffic = paced(islice(endless(self._traffic), int(rate * seconds)), rate=rate)
             thread = Thread(target=replay, args=(settings, traffic), daemon=True)
             thread.start()
             producer = Producer(settings.kafka.for_producer() | {"linger.ms": 0})
             encode = encoder(settings.events)
             sent: dict[str, float] = {}
             taken: dict[str, float] = {}
-            reader = AlertReader(settings)
+            reader = TopicReader(settings, settings.topics.alerts)
             while thread.is_alive() or len(taken) < len(sent):
                 if thread.is_alive():
-                    probe = Event(1_704_067_200_000, f"probe-{len(sent)}", "never seen before")
+                    probe = Event(self._traffic[0].timestamp, f"probe-{len(sent)}", "never seen before")
                     sent[probe.block_id] = time.monotonic()
                     producer.produce(settings.topics.events, encode(probe), probe.block_id)
                     producer.poll(0)
                 until = time.monotonic() + 0.02
                 while (left := until - time.monotonic()) > 0:
-                    value = reader.poll(left)
-                    if value is not None:
-                        block = msgspec.json.decode(value, type=Alert).block_id
+                    message = reader.poll(left)
+                    if message is not None:
+                        block = message.key().decode()
                         if block in sent:
                             taken.setdefault(block, time.monotonic())
                 if not thread.is_alive() and time.monotonic() - max(sent.values()) > 30:
@@ -149,7 +148,7 @@ class _Bench:
     def restore(self, blocks: int) -> dict[str, float]:
         """Seconds from kill -9 to the first new alert, with that many blocks open."""
         settings, config = self._settings("exactly_once", checkpoint="5s")
-        event = next(iter(_fresh(None))).event_id
+        event = self._traffic[0].event_id
         opened = (
             Event(1_704_067_200_000 + number // 100, f"open-{number % blocks}", event) for number in range(2 * blocks)
         )
@@ -163,10 +162,10 @@ class _Bench:
         killed = time.monotonic()
         self._fill(settings, [Event(1_704_067_300_000, "probe", "never seen before")])
         with self._consumer(config) as process:
-            reader = AlertReader(settings)
+            reader = TopicReader(settings, settings.topics.alerts)
             while True:
-                value = reader.poll(1)
-                if value is not None and msgspec.json.decode(value, type=Alert).block_id == "probe":
+                message = reader.poll(1)
+                if message is not None and message.key() == b"probe":
                     break
                 if time.monotonic() - killed > _WAIT_SECONDS:
                     raise UserError(f"no alert after the restart; the consumer says: {process.log.read_text()[-500:]}")
@@ -257,22 +256,15 @@ class _Bench:
 
     @staticmethod
     def _fill(settings: Settings, events: Iterable[Event]) -> None:
-        done = replay(settings, iter(events))
-        if done.failed:
-            raise UserError(f"{done.failed} events were not delivered: {done.failure}")
+        _check(replay(settings, iter(events)))
 
     @staticmethod
     def _send(settings: Settings, messages: Iterable[tuple[bytes | None, bytes | None]]) -> None:
-        producer = Producer(settings.kafka.for_producer() | {"linger.ms": 20})
-        for key, value in messages:
-            while True:
-                try:
-                    producer.produce(settings.topics.events, value, key)
-                except BufferError:
-                    producer.poll(0.1)
-                else:
-                    break
-        producer.flush()
+        done = Replayed()
+        with Sink(settings, settings.topics.events, done) as sink:
+            for key, value in messages:
+                sink.produce(key, value)
+        _check(done)
 
 
 class _Process(subprocess.Popen[bytes]):
@@ -284,21 +276,34 @@ class _Process(subprocess.Popen[bytes]):
             super().__init__([sys.executable, "-m", "consumer", "--config", str(config)], stdout=output, stderr=output)
 
 
-def _fresh(file: Path | None) -> Iterator[Event]:
-    """Yield a stream for ever: the same events again and again, under fresh block ids and later and later."""
-    once = list(read_events(file)) if file else simulate(4000, 0.03, 1).events
-    span = once[-1].timestamp - once[0].timestamp + 1
-    for turn in count():
-        for event in once:
-            yield Event(event.timestamp + turn * span, f"{event.block_id}.{turn}", event.event_id)
+def _check(done: Replayed) -> None:
+    if done.failed:
+        raise UserError(f"{done.failed} messages were not delivered: {done.failure}")
+
+
+def _traffic(file: Path | None, bundle: Bundle) -> Sequence[Event]:
+    """Return the events to stream; those of another system than the model's would be nothing but alerts.
+
+    Raises:
+        UserError: the model knows less than half of them.
+    """
+    events = list(read_events(file)) if file else simulate(4000, 0.03, 1).events
+    known = sum(event.event_id in bundle.vocabulary.tokens for event in events)
+    if 2 * known < len(events):
+        raise UserError(
+            f"the model knows {known:,} of {len(events):,} events of {file or 'the simulator'}: "
+            "name a FILE of its own system, or train it on python -m scripts.simulator"
+        )
+    return events
 
 
 def _bare_loop(settings: Settings) -> float:
     """Return the messages a second of a loop that reads values and does nothing."""
     total = lag(settings)
     consumer = Consumer(settings.kafka.for_consumer() | {"auto.offset.reset": "earliest", "group.id": "bare-loop"})
-    partitions = consumer.list_topics(settings.topics.events, timeout=10).topics[settings.topics.events].partitions
-    consumer.assign([TopicPartition(settings.topics.events, number, OFFSET_BEGINNING) for number in partitions])
+    topic = settings.topics.events
+    partitions = range(require_topic(settings, topic))
+    consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in partitions])
     done = len(consumer.consume(1, 30))
     started = time.monotonic()
     while done < total:
@@ -340,10 +345,10 @@ def _junk(random: Random) -> tuple[bytes | None, bytes | None]:
 
 
 def _all(settings: Settings, topic: str) -> Iterator[Any]:
-    reader = AlertReader(settings, topic)
+    reader = TopicReader(settings, topic)
     try:
         while not reader.at_end:
-            message = reader.poll_message(0.5)
+            message = reader.poll(0.5)
             if message is not None:
                 yield message
     finally:

@@ -26,7 +26,7 @@ from consumer.alerts import Alert
 from consumer.settings import Settings, load_settings
 from model.cli import argument_parser, console, run
 from model.errors import UserError
-from scripts.alerts import AlertReader, one_line
+from scripts.alerts import TopicReader, one_line
 from scripts.replay import paced, replay
 from scripts.simulator import Workload, simulate, write
 from scripts.systems import HDFS
@@ -121,7 +121,7 @@ def _stream(settings: Settings, config: Path, live: Workload, log: Path) -> tupl
             [sys.executable, "-m", "consumer", "--config", str(config)], stdout=output, stderr=output
         )
     try:
-        reader = AlertReader(settings)
+        reader = TopicReader(settings, settings.topics.alerts)
         started = time.monotonic()
 
         def show(_: int) -> None:
@@ -145,12 +145,12 @@ def _stream(settings: Settings, config: Path, live: Workload, log: Path) -> tupl
     return found, seconds
 
 
-def _take(reader: AlertReader, found: _Found, wait: float = 0.0) -> bool:
+def _take(reader: TopicReader, found: _Found, wait: float = 0.0) -> bool:
     """Show the alerts that have come in; say whether there were any."""
     any_came = False
-    while (value := reader.poll(wait)) is not None:
+    while (message := reader.poll(wait)) is not None:
         any_came = True
-        alert = msgspec.json.decode(value, type=Alert)
+        alert = msgspec.json.decode(message.value(), type=Alert)
         if alert.block_id not in found.alerts and found.shown < _SHOWN:
             found.shown += 1
             console.print(one_line(alert), soft_wrap=True)

@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from random import Random
 from threading import Thread
@@ -31,8 +31,8 @@ from consumer.topics import TopicSpec, ensure_topics, require_topic
 from model.cli import argument_parser, console, run
 from model.errors import UserError
 from model.sessions import Event, read_events
-from scripts.local_kafka import LocalKafka, free_port
-from scripts.replay import paced, replay
+from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
+from scripts.replay import endless, paced, replay
 from scripts.simulator import simulate
 from scripts.verify import Comparison, verify
 
@@ -106,7 +106,7 @@ class _Trial:
         self._kafka = LocalKafka(
             folder / "kafka",
             free_port(),
-            properties={"transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000"},
+            properties=QUICK_ABORTS,
         )
 
     def run(self) -> tuple[Tally, Comparison]:
@@ -295,16 +295,10 @@ class _Trial:
 
 
 def _repeated(file: Path | None, events: int, seed: int) -> Iterator[Event]:
-    """Yield the stream again and again, under fresh block ids and later and later, until there are enough."""
+    """Yield the stream in whole turns until there are enough events."""
     once = list(read_events(file)) if file else simulate(min(2000, events // 20 + 1), 0.05, seed).events
-    span = once[-1].timestamp - once[0].timestamp + 1
-    produced = 0
-    for turn in count():
-        if produced >= events:
-            return
-        for event in once:
-            yield Event(event.timestamp + turn * span, f"{event.block_id}.{turn}", event.event_id)
-        produced += len(once)
+    turns = -(-events // len(once))
+    return islice(endless(once), turns * len(once))
 
 
 def lag(settings: Settings) -> int:

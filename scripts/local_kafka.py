@@ -57,6 +57,10 @@ _PROPERTIES = {
 _ADDED = ("listeners", "listener.security.protocol.map")
 
 
+QUICK_ABORTS = {"transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000"}
+"""Server property for trials that kill clients: a transaction that timed out is aborted within a second, not ten."""
+
+
 @dataclass
 class LocalKafka:
     """A broker at 127.0.0.1:`port` whose data, settings, log and process id are in `folder`.

@@ -2,8 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -111,7 +112,7 @@ def replay(
     left = Counter(last_events)
     encode = encoder(settings.events)
     reported = time.monotonic()
-    with _Sink(settings, topic or settings.topics.events, done) as sink:
+    with Sink(settings, topic or settings.topics.events, done) as sink:
         for event in events:
             key = event.block_id.encode() if keyed else None
             sink.produce(key, encode(event))
@@ -128,7 +129,7 @@ def replay(
     return done
 
 
-class _Sink:
+class Sink:
     """A producer that waits when Kafka is behind and counts what was not delivered; leaving it flushes."""
 
     def __init__(self, settings: Settings, topic: str, done: Replayed) -> None:
@@ -157,6 +158,7 @@ class _Sink:
             raise _undelivered(self._done, self._topic) from error
 
     def produce(self, key: bytes | None, value: bytes | None) -> None:
+        """Hand over a message; waits while Kafka is behind."""
         while True:
             try:
                 self._producer.produce(self._topic, value, key, on_delivery=self._on_delivery)
@@ -194,6 +196,14 @@ def encoder(fields: EventSettings) -> Callable[[Event], bytes]:
         return encode(item)
 
     return value
+
+
+def endless(events: Sequence[Event]) -> Iterator[Event]:
+    """Yield `events` again and again, under fresh block ids and later and later."""
+    span = events[-1].timestamp - events[0].timestamp + 1
+    for turn in count():
+        for event in events:
+            yield Event(event.timestamp + turn * span, f"{event.block_id}.{turn}", event.event_id)
 
 
 def paced(

@@ -22,7 +22,7 @@ from model.config import ModelSettings, TrainingSettings
 from model.scoring import Scorer
 from model.training import train
 from model.vocabulary import Vocabulary
-from scripts.local_kafka import LocalKafka, free_port
+from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
 from scripts.simulator import simulate
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def kafka(tmp_path_factory):
     broker = LocalKafka(
         tmp_path_factory.mktemp("kafka"),
         free_port(),
-        properties={"transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000"},
+        properties=QUICK_ABORTS,
     )
     broker.up()
     yield broker

@@ -10,7 +10,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
-from scripts.local_kafka import LocalKafka, free_port
+from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
 from scripts.simulator import simulate
 from scripts.verify import verify
 
@@ -154,7 +154,7 @@ def test_brokers_away_for_longer_than_a_transaction_lives(line, tmp_path):
     own = LocalKafka(
         tmp_path / "kafka",
         free_port(),
-        properties={"transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000"},
+        properties=QUICK_ABORTS,
     )
     own.up()
     try:
