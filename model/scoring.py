@@ -40,7 +40,10 @@ _CELLS_CPU = 16_384
 """Tokens in one forward pass: enough to keep a CPU's cores busy, small enough for its caches."""
 
 _CELLS_ACCELERATOR = 262_144
-"""There a pass must be large, or starting it takes longer than it does; this one fits into 1 GB."""
+"""There a pass must be large, or starting it takes longer than it does."""
+
+_LOGITS = 2**26
+"""Numbers in the output of one forward pass at most: a large vocabulary must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Scorer:
         scores = np.empty(len(rows))
         device = next(network.parameters()).device
         cells = _CELLS_CPU if device.type == "cpu" else _CELLS_ACCELERATOR
+        cells = min(cells, _LOGITS // self.bundle.network.shape.vocabulary)
         for chosen, length in _batches(rows, cells):
             tokens = torch.from_numpy(rows[chosen, :length].astype(np.int64)).to(device)  # (B, L)
             logits = network(tokens)  # (B, L, V)

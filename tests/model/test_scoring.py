@@ -90,3 +90,15 @@ def test_many_windows_of_all_lengths_come_back_in_their_places(bundle):
     scores = scorer.screen(rows)
     for place in random.integers(0, 5000, 50):
         assert scores[place] == pytest.approx(surprisals(bundle, rows[place]).max(), abs=1e-3)
+
+
+def test_a_large_vocabulary_makes_smaller_passes_not_larger_memory():
+    vocabulary = Vocabulary(tuple(f"e{number}" for number in range(30_000)))
+    network = Autoencoder(Shape(len(vocabulary), WINDOW, 4, 1, 1, 4)).eval()
+    passes = []
+    network.register_forward_hook(lambda *arguments: passes.append(arguments[-1].numel()))
+    rows = np.tile(rows_of([([4, 5, 6], False)]), (1000, 1))
+    scores = Scorer(Bundle(network, vocabulary)).screen(rows)
+    assert len(passes) > 1
+    assert max(passes) <= 2**26
+    assert np.ptp(scores) < SCREEN_MARGIN
