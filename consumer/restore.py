@@ -64,10 +64,7 @@ class Restorer:
             UserError: the state topic cannot be read or belongs to another group.
         """
         began = time.monotonic()
-        topic, state = self._settings.topics.events, self._settings.topics.state
-        there = self._patiently(lambda: self._group.list_topics(state, timeout=_CALL_SECONDS)).topics[state].partitions
-        if partition not in there:  # partitions were added to the event topic, or the state topic was deleted
-            check_state_topic(self._settings)
+        topic = self._settings.topics.events
         low, high = self._patiently(
             lambda: self._group.get_watermark_offsets(TopicPartition(topic, partition), timeout=_CALL_SECONDS)
         )
@@ -148,6 +145,10 @@ class Restorer:
         said = time.monotonic()
         silent_since = time.monotonic()
         try:
+            # Not the group's consumer: this runs in its callback, and there list_topics would break its next callback.
+            there = self._patiently(lambda: reader.list_topics(topic, timeout=_CALL_SECONDS)).topics[topic].partitions
+            if partition not in there:  # partitions were added to the event topic, or the state topic was deleted
+                check_state_topic(self._settings)
             reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
             while True:
                 for message in reader.consume(10_000, 0.2):

@@ -101,6 +101,15 @@ def test_a_rebalance_hands_windows_over(line):
     assert verify(made.settings).is_exact
 
 
+def test_callbacks_after_a_rebalance_find_the_client_intact(line):
+    """A call of the group's client within its own callback can leave it unable to make the next callback."""
+    made = line(kafka={"debug": "cgrp,consumer,fetch", "log_level": 7})  # a callback for each line that it logs
+    made.produce(stream(50, 61))
+    process = made.consume_all()
+    assert "assigned partitions" in process.log.read_text()
+    assert verify(made.settings).is_exact
+
+
 def test_a_state_topic_that_does_not_fit_is_refused(line):
     made = line()
     admin = AdminClient({"bootstrap.servers": made.bootstrap, "log_level": 0})
