@@ -54,12 +54,17 @@ class ModelSettings(Section):
     heads: int = Field(default=4, ge=1, le=64)
     layers: int = Field(default=2, ge=1, le=24)
     feedforward: int = Field(default=128, ge=4, le=8192)
+    occurrences: int = Field(default=16, ge=0, le=512)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelSettings":
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) should be a multiple of heads ({self.heads})")
         return self
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+"""A part of a whole, neither nothing nor all of it."""
 
 
 class TrainingSettings(Section):
@@ -69,10 +74,16 @@ class TrainingSettings(Section):
     batch_size: int = Field(default=256, ge=1, le=1_000_000)
     learning_rate: float = Field(default=0.003, gt=0, le=1)
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    corruption: float = Field(default=0.10, gt=0, lt=1)
-    swaps: float = Field(default=0.7, ge=0, le=1)
+    corruption: Annotated[tuple[Share, Share], Field(strict=False)] = (0.01, 0.5)
+    swaps: float = Field(default=0.9, ge=0, le=1)
     averaging: float = Field(default=0.9995, ge=0, lt=1)
     seed: int = Field(default=1, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _corruption_ascends(self) -> "TrainingSettings":
+        if self.corruption[0] > self.corruption[1]:
+            raise ValueError("corruption should be a lower and an upper share, such as [0.01, 0.5]")
+        return self
 
 
 class TrainingJob(BaseModel):

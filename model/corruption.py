@@ -3,6 +3,10 @@
 A network that sees its clean input learns to copy it. So some tokens are replaced by random others and the
 network must say what was there; what it learns is "given this neighbourhood, is the event I was shown the right
 one?", which is the question the detector asks.
+
+How many are replaced differs from window to window by orders of magnitude. So the network has to infer how
+trustworthy a window is: one odd event in a window that is otherwise in order is probably just rare, the same event
+among other odd ones is probably wrong. The highest surprisal of a window thereby weighs all of its evidence.
 """
 
 from collections import Counter
@@ -17,6 +21,12 @@ Tokens = NDArray[np.int64]
 
 CLOSED_SHARE = 0.5
 """Half of the training windows are whole sessions with END, half are prefixes without: sessions still open."""
+
+CUT_SHARE = 0.1
+"""Share of the open windows whose last event becomes END: a session cut short must look wrong."""
+
+REORDERINGS = 8
+"""Passes over a window, at most, in which commuting neighbours change places: an event wanders a few places."""
 
 
 class TrainingWindows:
@@ -64,29 +74,38 @@ class TrainingWindows:
         return rows
 
     def _reorder(self, events: Tokens, random: np.random.Generator) -> None:
-        """Swap neighbours that training saw in both orders, at random, in a share of the windows."""
+        """Swap neighbours that training saw in both orders, again and again, in a share of the windows (B, W).
+
+        Sequences that differ by such swaps only are one Mazurkiewicz trace: the same work, done concurrently.
+        """
         chosen = random.random(len(events)) < self._swaps
-        for first in (0, 1):  # even pairs, then odd pairs: no event is in two swaps at a time
-            left, right = events[:, first:-1:2], events[:, first + 1 :: 2]
-            swap = self._commute[left, right] & chosen[:, None] & (random.random(left.shape) < 0.5)
-            events[:, first:-1:2], events[:, first + 1 :: 2] = (
-                np.where(swap, right, left),
-                np.where(swap, left, right),
-            )
+        passes = np.where(chosen, random.integers(1, REORDERINGS + 1, len(events)), 0)  # (B,)
+        for number in range(REORDERINGS):
+            going_on = (passes > number)[:, None]
+            for first in (0, 1):  # even pairs, then odd pairs: no event is in two swaps at a time
+                left, right = events[:, first:-1:2], events[:, first + 1 :: 2]
+                swap = self._commute[left, right] & going_on & (random.random(left.shape) < 0.5)
+                events[:, first:-1:2], events[:, first + 1 :: 2] = (
+                    np.where(swap, right, left),
+                    np.where(swap, left, right),
+                )
 
 
-def corrupt(rows: Tokens, share: float, vocabulary: int, random: np.random.Generator) -> Tokens:
-    """Return `rows` with a share of the events replaced by random other tokens.
+def corrupt(rows: Tokens, shares: tuple[float, float], vocabulary: int, random: np.random.Generator) -> Tokens:
+    """Return `rows` (B, W + 2) with some of their events replaced by random other tokens.
 
-    Replacements are events, UNK and, at a window's last place only, END: a session cut short must look wrong.
+    The share replaced is drawn for each window, log-uniformly between the two `shares`. Replacements are events, UNK
+    and, at a window's last place only, END.
     """
     real = (rows != PAD) & (rows != BOS)
-    replaced = real & (random.random(rows.shape) < share)
+    low, high = shares
+    share = low * (high / low) ** random.random(len(rows))  # (B,)
+    replaced = real & (random.random(rows.shape) < share[:, None])
     noise = random.integers(UNK, vocabulary, rows.shape)
     noisy = np.where(replaced, noise, rows)
     last = real.sum(axis=1)  # BOS is column 0, so this is the last real column
     line = np.arange(len(rows))
-    cut = (rows[line, last] != END) & (random.random(len(rows)) < share)
+    cut = (rows[line, last] != END) & (random.random(len(rows)) < CUT_SHARE)
     noisy[line[cut], last[cut]] = END
     return noisy
 

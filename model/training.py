@@ -13,6 +13,9 @@ from model.corruption import TrainingWindows, corrupt
 from model.network import Autoencoder, Shape
 from model.vocabulary import BOS, PAD
 
+_PARTS_CPU = 4
+"""There a step goes through the network in so many parts of windows of like length: less filler to compute."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -44,9 +47,12 @@ def train(
     torch.manual_seed(training.seed)
     random = np.random.default_rng(training.seed)
     windows = TrainingWindows(sessions, vocabulary=vocabulary, window=model.window, swaps=training.swaps)
-    shape = Shape(vocabulary, model.window, model.width, model.heads, model.layers, model.feedforward)
+    shape = Shape(
+        vocabulary, model.window, model.width, model.heads, model.layers, model.feedforward, model.occurrences
+    )
     network = Autoencoder(shape, training.dropout).to(device).train()
     average = copy.deepcopy(network).eval()
+    parts = _PARTS_CPU if device.type == "cpu" else 1
     steps = training.epochs * -(-len(sessions) // training.batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -55,26 +61,31 @@ def train(
     loss_mean = restored_mean = 0.0
     for step in range(1, steps + 1):
         clean_rows = windows.draw(training.batch_size, random)
-        longest = int((clean_rows != PAD).sum(axis=1).max())
-        clean_rows = clean_rows[:, :longest]
         noisy_rows = corrupt(clean_rows, training.corruption, vocabulary, random)
-        clean = torch.from_numpy(clean_rows).to(device)  # (B, L)
-        noisy = torch.from_numpy(noisy_rows).to(device)  # (B, L)
-        real = (clean != PAD) & (clean != BOS)  # (B, L)
-        logits = network(noisy)[real]  # (N, V)
-        loss = F.cross_entropy(logits, clean[real])
+        lengths = (clean_rows != PAD).sum(axis=1)
+        tokens = int((lengths - 1).sum())  # BOS is not predicted
+        loss = replaced = right = 0.0
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in np.array_split(np.argsort(lengths, kind="stable"), parts):
+            longest = int(lengths[part].max(initial=1))
+            clean = torch.from_numpy(clean_rows[part, :longest]).to(device)  # (P, L)
+            noisy = torch.from_numpy(noisy_rows[part, :longest]).to(device)  # (P, L)
+            real = (clean != PAD) & (clean != BOS)  # (P, L)
+            logits = network(noisy)[real]  # (N, V)
+            share = F.cross_entropy(logits, clean[real], reduction="sum") / tokens
+            share.backward()
+            changed = (noisy != clean)[real]  # (N,)
+            loss += share.item()
+            replaced += changed.sum().item()
+            right += (logits.detach().argmax(-1) == clean[real])[changed].sum().item()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         _move_average(average, network, min(training.averaging, (1 + step) / (10 + step)))
 
-        replaced = (noisy != clean)[real]
-        right = (logits.detach().argmax(-1) == clean[real])[replaced].float().mean().nan_to_num()
         memory = min(0.98, 1 - 1 / step)
-        loss_mean = memory * loss_mean + (1 - memory) * loss.item()
-        restored_mean = memory * restored_mean + (1 - memory) * right.item()
+        loss_mean = memory * loss_mean + (1 - memory) * loss
+        restored_mean = memory * restored_mean + (1 - memory) * (right / replaced if replaced else 0.0)
         report(Progress(step, steps, loss_mean, restored_mean))
     return average.cpu()
 

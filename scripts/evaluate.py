@@ -6,10 +6,10 @@ share of anomalies, so precision, F1 and average precision weigh each class to `
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from consumer.settings import load_settings, milliseconds
 from consumer.threshold import Threshold
 from model.bundle import Bundle
 from model.cli import argument_parser, console, progress_bar, run
+from model.config import Strategy
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
@@ -96,6 +97,7 @@ def main() -> None:
         training, held_out = (read_normal(files).sessions for files in (arguments.training, arguments.calibration))
         result["delay"]["limit"] = delay_limit([*training, *held_out, *normal], anomalous)
         result["baseline"] = baselines(training, held_out, normal, anomalous, arguments.prior)
+        result["strategies"] = strategies(held_out, normal, anomalous, scorer, threshold.every, arguments.prior)
     _show(result, threshold)
     console.print(f"{time.monotonic() - started:.0f} s in all")
     if arguments.json:
@@ -115,12 +117,15 @@ def evaluate(
     truth, weights = _truth(healthy.blocks, failing.blocks, prior)
     scores = np.concatenate([healthy.blocks, failing.blocks])
     calibration = np.repeat(threshold.scores, threshold.counts)
+    measures = _measures(calibration, healthy.blocks, failing.blocks, prior)
+    for at in measures["at"]:
+        at["delay"] = None if at["threshold"] is None else _delay(failing, at["threshold"], threshold.every)
     return {
         "n_normal": len(normal),
         "n_anomalous": len(anomalous),
         "prior": prior,
-        **_measures(calibration, healthy.blocks, failing.blocks, prior),
-        "delay": _delay(failing, threshold),
+        **measures,
+        "delay": _delay(failing, threshold.threshold, threshold.every),
         "classification_report": classification_report(
             truth,
             (scores > threshold.threshold).astype(int),
@@ -204,18 +209,40 @@ def _f1(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> NDArray[
     return np.divide(2 * precision * recall, both, out=np.zeros_like(both), where=both > 0)
 
 
-def _delay(failing: BlockScores, threshold: Threshold) -> dict[str, float | None]:
-    """Return when detected anomalous blocks are first flagged, at the calibrated threshold.
+def strategies(
+    calibration: list[Session],
+    normal: list[Session],
+    anomalous: list[Session],
+    scorer: Scorer,
+    every: int,
+    prior: float,
+) -> dict[str, Any]:
+    """Return the measures of each way to pool a window's surprisals, calibrated on the same sessions."""
+    found = {}
+    with progress_bar("comparing strategies", 3 * len(get_args(Strategy))) as advance:
+        for strategy in get_args(Strategy):
+            pooled = Scorer(scorer.bundle, strategy, scorer.device)
+
+            def blocks(sessions: list[Session], pooled: Scorer = pooled) -> NDArray[np.float64]:
+                advance(1)
+                return block_scores(sessions, pooled, every=every).blocks
+
+            found[strategy] = _measures(blocks(calibration), blocks(normal), blocks(anomalous), prior)
+    return found
+
+
+def _delay(failing: BlockScores, threshold: float, every: int) -> dict[str, float | None]:
+    """Return when detected anomalous blocks are first flagged at a threshold.
 
     The closing look counts as the whole block: `median_fraction` 1 means that it took the end to know.
     """
     events, fractions, closing = [], [], 0
     for looks, length in zip(failing.looks, failing.lengths.tolist(), strict=True):
-        over = looks > threshold.threshold
+        over = looks > threshold
         if over.any():
             first = int(over.argmax())
             closing += first == len(looks) - 1
-            seen = min((first + 1) * threshold.every, length)
+            seen = min((first + 1) * every, length)
             events.append(seen)
             fractions.append(seen / length)
     if not events:
@@ -247,7 +274,7 @@ def delay_limit(normal: Iterable[Session], anomalous: Sequence[Session]) -> dict
 def _show(result: dict[str, Any], threshold: Threshold) -> None:
     table = Table(title=f"{result['n_normal']:,} normal and {result['n_anomalous']:,} anomalous blocks, "
                   f"{result['prior']:.2%} of blocks anomalous in nature")  # fmt: skip
-    for heading in ("q", "threshold", "false alarms", "bound", "recall", "precision", "F1"):
+    for heading in ("q", "threshold", "false alarms", "bound", "recall", "precision", "F1", "first flagged at"):
         table.add_column(heading, justify="right")
     counts = Table("q", "failing, flagged", "failing, missed", "normal, flagged", "normal, silent", title="confusion")
     for at in result["at"]:
@@ -257,6 +284,7 @@ def _show(result: dict[str, Any], threshold: Threshold) -> None:
         table.add_row(
             f"{at['q']:g}", f"{at['threshold']:.4f}", f"{at['false_alarm_rate']:.3%}", f"{at['bound']:.3%}",
             *(f"{at[key]:.4f}" for key in ("recall", "precision", "f1")),
+            "" if at["delay"]["median_fraction"] is None else f"{at['delay']['median_fraction']:.0%} of the block",
         )  # fmt: skip
         cells = ("true_positives", "false_negatives", "false_positives", "true_negatives")
         counts.add_row(f"{at['q']:g}", *(f"{at[key]:,}" for key in cells))
@@ -267,7 +295,10 @@ def _show(result: dict[str, Any], threshold: Threshold) -> None:
         f"best possible F1 {result['best_f1']:.4f}"
     )
     if "baseline" in result:
-        _show_baselines(result)
+        _show_beside(
+            "beside rules without a network, which need the finished block", {"the model": result, **result["baseline"]}
+        )
+        _show_beside("how a window's surprisals become its score", result["strategies"])
     delay = result["delay"]
     if delay["median_events"] is not None:
         console.print(
@@ -287,11 +318,11 @@ def _show(result: dict[str, Any], threshold: Threshold) -> None:
     console.print(rows)
 
 
-def _show_baselines(result: dict[str, Any]) -> None:
-    table = Table("", "ROC-AUC", "best F1", title="beside rules without a network, which need the finished block")
+def _show_beside(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table("", "ROC-AUC", "best F1", title=title)
     for q in QUANTILES:
         table.add_column(f"F1 at {q:g}", justify="right")
-    for name, measures in {"the model": result, **result["baseline"]}.items():
+    for name, measures in rows.items():
         points = ("" if at["f1"] is None else f"{at['f1']:.4f}" for at in measures["at"])
         table.add_row(name.replace("_", " "), f"{measures['auc']:.5f}", f"{measures['best_f1']:.4f}", *points)
     console.print(table)

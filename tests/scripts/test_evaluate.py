@@ -12,7 +12,7 @@ from model.scoring import Scorer
 from model.sessions import Session
 from model.vocabulary import Vocabulary
 from scripts.baselines import CountVectors, NewEvents
-from scripts.evaluate import baselines, delay_limit, evaluate
+from scripts.evaluate import baselines, delay_limit, evaluate, strategies
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def parts():
     torch.manual_seed(3)
     random = np.random.default_rng(3)
     vocabulary = Vocabulary(("a", "b", "c"))
-    scorer = Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 5, 16, 2, 1, 16)).eval(), vocabulary))
+    scorer = Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 5, 16, 2, 1, 16, 4)).eval(), vocabulary))
 
     def sessions(count, events, anomalous):
         return [
@@ -63,7 +63,12 @@ def test_measures_at_each_quantile(parts):
 
 def test_the_delay_counts_events_up_to_the_first_alert(parts):
     normal, anomalous, scorer, threshold, _ = parts
-    delay = evaluate(normal, anomalous, scorer, threshold, 0.1)["delay"]
+    result = evaluate(normal, anomalous, scorer, threshold, 0.1)
+    delay = result["delay"]
+    assert next(at["delay"] for at in result["at"] if at["q"] == threshold.quantile) == delay
+    shares_by_q = [at["delay"]["median_fraction"] for at in result["at"] if at["delay"] and at["true_positives"]]
+    assert len(shares_by_q) > 1
+    assert all(0 < share <= 1 for share in shares_by_q)
     events, shares = [], []
     for session in anomalous:
         tokens = scorer.bundle.vocabulary.encode(session.events)
@@ -104,6 +109,17 @@ def test_baselines_report_what_the_model_reports(parts):
         assert measures.keys() <= model.keys()
         assert measures["auc"] > 0.5
         assert [at["q"] for at in measures["at"]] == [at["q"] for at in model["at"]]
+
+
+def test_strategies_are_compared_under_the_same_sessions(parts):
+    normal, anomalous, scorer, threshold, _ = parts
+    found = strategies(normal[:40], normal[40:], anomalous, scorer, threshold.every, 0.1)
+    assert found.keys() == {"max", "mean", "topk"}
+    for strategy, measures in found.items():
+        pooled = Scorer(scorer.bundle, strategy)
+        healthy, failing = (block_scores(some, pooled, every=1).blocks for some in (normal[40:], anomalous))
+        pairs = (failing[:, None] > healthy).mean() + 0.5 * (failing[:, None] == healthy).mean()
+        assert measures["auc"] == pytest.approx(pairs)
 
 
 def test_the_delay_limit_is_where_a_block_first_parts_from_all_normal_ones():
