@@ -74,7 +74,7 @@ class TrainingSettings(Section):
     batch_size: int = Field(default=256, ge=1, le=1_000_000)
     learning_rate: float = Field(default=0.003, gt=0, le=1)
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    corruption: Annotated[tuple[Share, Share], Field(strict=False)] = (0.01, 0.5)
+    corruption: Annotated[tuple[Share, Share], Field(strict=False)] = (0.001, 0.9)
     swaps: float = Field(default=0.9, ge=0, le=1)
     averaging: float = Field(default=0.9995, ge=0, lt=1)
     seed: int = Field(default=1, ge=0, lt=2**32)
@@ -82,7 +82,7 @@ class TrainingSettings(Section):
     @model_validator(mode="after")
     def _corruption_ascends(self) -> "TrainingSettings":
         if self.corruption[0] > self.corruption[1]:
-            raise ValueError("corruption should be a lower and an upper share, such as [0.01, 0.5]")
+            raise ValueError("corruption should be a lower and an upper share, such as [0.001, 0.9]")
         return self
 
 

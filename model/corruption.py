@@ -2,9 +2,10 @@
 
 A network that sees its clean input learns to copy it. So some tokens are replaced by random others and the
 network must say what was there; what it learns is "given this neighbourhood, is the event I was shown the right
-one?", which is the question the detector asks.
+one?", which is the question the detector asks. Other events are left out, and where a session ends without them the
+network must say what it ends without.
 
-How many are replaced differs from window to window by orders of magnitude. So the network has to infer how
+How much is wrong differs from window to window by orders of magnitude. So the network has to infer how
 trustworthy a window is: one odd event in a window that is otherwise in order is probably just rare, the same event
 among other odd ones is probably wrong. The highest surprisal of a window thereby weighs all of its evidence.
 """
@@ -22,8 +23,11 @@ Tokens = NDArray[np.int64]
 CLOSED_SHARE = 0.5
 """Half of the training windows are whole sessions with END, half are prefixes without: sessions still open."""
 
-CUT_SHARE = 0.1
+CUT_SHARE = 0.3
 """Share of the open windows whose last event becomes END: a session cut short must look wrong."""
+
+RUN_SHARE = 0.1
+"""Share of the windows in which a run of events is missing."""
 
 REORDERINGS = 8
 """Passes over a window, at most, in which commuting neighbours change places: an event wanders a few places."""
@@ -91,23 +95,50 @@ class TrainingWindows:
                 )
 
 
-def corrupt(rows: Tokens, shares: tuple[float, float], vocabulary: int, random: np.random.Generator) -> Tokens:
-    """Return `rows` (B, W + 2) with some of their events replaced by random other tokens.
+def corrupt(
+    rows: Tokens, shares: tuple[float, float], vocabulary: int, random: np.random.Generator
+) -> tuple[Tokens, Tokens]:
+    """Return noisy `rows` (B, W + 2), and what belongs at each of their places (B, W + 2).
 
-    The share replaced is drawn for each window, log-uniformly between the two `shares`. Replacements are events, UNK
-    and, at a window's last place only, END.
+    A share of the tokens is replaced by random other ones, half as many events are missing without a gap. The share
+    is drawn for each window, log-uniformly between the two `shares`. Some windows lack a whole run of events besides.
+    Replacements are events, UNK and, at a window's last place only, END. Where END stands although events are
+    missing, the first of those belongs there.
     """
     real = (rows != PAD) & (rows != BOS)
+    event = real & (rows != END)
     low, high = shares
-    share = low * (high / low) ** random.random(len(rows))  # (B,)
-    replaced = real & (random.random(rows.shape) < share[:, None])
-    noise = random.integers(UNK, vocabulary, rows.shape)
-    noisy = np.where(replaced, noise, rows)
-    last = real.sum(axis=1)  # BOS is column 0, so this is the last real column
+    share = (low * (high / low) ** random.random(len(rows)))[:, None]  # (B, 1)
+    missing = (event & (random.random(rows.shape) < share / 2)) | _run(event, random)
+    missing &= (event & ~missing).any(axis=1, keepdims=True)  # something must be left
+    replaced = real & ~missing & (random.random(rows.shape) < share)
+    noisy = np.where(replaced, random.integers(UNK, vocabulary, rows.shape), rows)
+    wanted = rows.copy()
     line = np.arange(len(rows))
-    cut = (rows[line, last] != END) & (random.random(len(rows)) < CUT_SHARE)
+    last = real.sum(axis=1)  # BOS is column 0, so this is the last real column
+    closed = rows[line, last] == END
+    early = closed & missing.any(axis=1)
+    wanted[line[early], last[early]] = rows[line[early], missing[early].argmax(axis=1)]
+    cut = ~closed & (random.random(len(rows)) < CUT_SHARE)
     noisy[line[cut], last[cut]] = END
-    return noisy
+    missing[line[cut], last[cut]] = False
+    gone = missing | (rows == PAD)
+    order = np.argsort(gone, axis=1, kind="stable")  # what is left moves together, filler goes behind it
+    left = ~np.take_along_axis(gone, order, axis=1)
+    return (
+        np.where(left, np.take_along_axis(noisy, order, axis=1), PAD),
+        np.where(left, np.take_along_axis(wanted, order, axis=1), PAD),
+    )
+
+
+def _run(event: NDArray[np.bool_], random: np.random.Generator) -> NDArray[np.bool_]:
+    """Return (B, W + 2): in some windows a run of up to half of their events."""
+    count = event.sum(axis=1)  # (B,)
+    length = 1 + (random.random(len(event)) * (count // 2)).astype(np.int64)
+    first = 1 + (random.random(len(event)) * (count - length + 1)).astype(np.int64)  # BOS is column 0
+    first = np.where(random.random(len(event)) < RUN_SHARE, first, event.shape[1])
+    column = np.arange(event.shape[1])
+    return event & (column >= first[:, None]) & (column < (first + length)[:, None])
 
 
 def _commuting(sequences: Iterable[Sequence[int]], vocabulary: int) -> NDArray[np.bool_]:

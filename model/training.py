@@ -60,24 +60,24 @@ def train(
     )
     loss_mean = restored_mean = 0.0
     for step in range(1, steps + 1):
-        clean_rows = windows.draw(training.batch_size, random)
-        noisy_rows = corrupt(clean_rows, training.corruption, vocabulary, random)
-        lengths = (clean_rows != PAD).sum(axis=1)
+        drawn = windows.draw(training.batch_size, random)
+        noisy_rows, wanted_rows = corrupt(drawn, training.corruption, vocabulary, random)
+        lengths = (noisy_rows != PAD).sum(axis=1)
         tokens = int((lengths - 1).sum())  # BOS is not predicted
         loss = replaced = right = 0.0
         optimizer.zero_grad(set_to_none=True)
         for part in np.array_split(np.argsort(lengths, kind="stable"), parts):
             longest = int(lengths[part].max(initial=1))
-            clean = torch.from_numpy(clean_rows[part, :longest]).to(device)  # (P, L)
             noisy = torch.from_numpy(noisy_rows[part, :longest]).to(device)  # (P, L)
-            real = (clean != PAD) & (clean != BOS)  # (P, L)
+            wanted = torch.from_numpy(wanted_rows[part, :longest]).to(device)  # (P, L)
+            real = (noisy != PAD) & (noisy != BOS)  # (P, L)
             logits = network(noisy)[real]  # (N, V)
-            share = F.cross_entropy(logits, clean[real], reduction="sum") / tokens
-            share.backward()
-            changed = (noisy != clean)[real]  # (N,)
-            loss += share.item()
+            part_loss = F.cross_entropy(logits, wanted[real], reduction="sum") / tokens
+            part_loss.backward()
+            changed = (noisy != wanted)[real]  # (N,)
+            loss += part_loss.item()
             replaced += changed.sum().item()
-            right += (logits.detach().argmax(-1) == clean[real])[changed].sum().item()
+            right += (logits.detach().argmax(-1) == wanted[real])[changed].sum().item()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
