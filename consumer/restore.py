@@ -46,6 +46,11 @@ class Start:
     leftovers: list[bytes]
 
 
+def _empty(offset: int, records: Mapping[bytes, bytes]) -> Start:
+    """Begin without windows: what the records hold no longer fits."""
+    return Start(offset, Recovered(), Replay(offset, {}), list(records))
+
+
 class Restorer:
     """Reads state partitions, with a consumer of its own. Waits for brokers that are away, however long.
 
@@ -88,24 +93,29 @@ class Restorer:
                 f"topic {self._settings.topics.state} belongs to the consumer group {checkpoint.group}; "
                 "give this group a state topic of its own: topics.state"
             )
-        fresh = self._fresh_offset(low, high)
         if committed.offset < 0 or committed.offset > high:
             if checkpoint is not None or committed.offset > high:
                 log.warning("%s: the group's offsets were reset or the topic was made anew: windows start empty", where)
-            return Start(fresh, Recovered(), Replay(fresh, {}), list(records))
+            return _empty(self._fresh_offset(low, high), records)
+        if committed.offset < low:
+            log.warning(
+                "%s: events %d to %d were deleted before they were read and cannot be judged; keep events for longer "
+                "than the consumer may be away", where, committed.offset, low - 1,
+            )  # fmt: skip
+        begin = max(committed.offset, low)
         if checkpoint is None:
             log.warning(
                 "%s: no windows are stored (was the state topic deleted?): blocks in mid-life start anew", where
             )
-            return Start(committed.offset, Recovered(), Replay(committed.offset, {}), list(records))
+            return _empty(begin, records)
         transactional = self._settings.delivery == "exactly_once"
         if committed.offset < checkpoint.offset and transactional:
             log.warning("%s: the group's offsets were set back to %d: windows start empty", where, committed.offset)
-            return Start(committed.offset, Recovered(), Replay(committed.offset, {}), list(records))
-        if checkpoint.offset < low:
+            return _empty(begin, records)
+        if checkpoint.offset < min(low, committed.offset):
             log.warning(
                 "%s: events %d to %d are gone from the topic: windows may lack them; keep events longer than "
-                "checkpoint.interval", where, checkpoint.offset, low - 1,
+                "checkpoint.interval", where, checkpoint.offset, min(low, committed.offset) - 1,
             )  # fmt: skip
         offset = max(checkpoint.offset, low)
         replay = Replay(

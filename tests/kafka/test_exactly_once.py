@@ -302,6 +302,41 @@ def test_a_deleted_state_topic_is_noticed(line):
     assert "no windows are stored (was the state topic deleted?)" in process.log.read_text()
 
 
+def test_events_deleted_before_they_were_needed_are_noticed(line):
+    made = line(checkpoint={"interval": "1h"})
+    first = made.start_consumer()
+    joined(made, first)
+    made.produce([(*message("A", "x", number), 0) for number in range(20)])
+    made.wait_for(lambda: made.lag() == 0, what="committing")
+    made.stop(first)  # hands over with a checkpoint at 20
+    second = made.start_consumer()
+    joined(made, second)
+    made.produce([(*message("B", "x", 20), 0) for _ in range(20)])
+    made.wait_for(lambda: made.lag() == 0, what="committing")
+    made.stop(second, signal.SIGKILL)  # committed at 40
+    topic = made.settings.topics.events
+    admin = AdminClient({"bootstrap.servers": made.bootstrap, "log_level": 0})
+
+    def delete_up_to(offset):
+        for future in admin.delete_records([TopicPartition(topic, 0, offset)]).values():
+            future.result()
+
+    delete_up_to(30)
+    process = made.consume_all()
+    said = process.log.read_text()
+    assert f"{topic}/0: events 20 to 29 are gone from the topic: windows may lack them" in said
+    assert "cannot be judged" not in said
+
+    made.produce([(*message("C", "x", 40), 0) for _ in range(20)])
+    delete_up_to(50)
+    process = made.consume_all()
+    said = process.log.read_text()
+    assert f"{topic}/0: events 40 to 49 were deleted before they were read and cannot be judged" in said
+    assert "windows may lack them" not in said
+    alerts = [json.loads(found.value()) for found in made.read(made.settings.topics.alerts)]
+    assert {alert["source"]["first_offset"] for alert in alerts if alert["block_id"] == "C"} == {50}
+
+
 def test_garbage_costs_neither_the_good_events_nor_memory(line):
     made = line(windows={"max_open_blocks": 2000}, topics={"partitions": 1})
     random = Random(3)
