@@ -2,10 +2,10 @@
 
 import logging
 import signal
-from threading import Event
 
 from consumer.detector import Detector
 from consumer.events import Decoder
+from consumer.patience import Patience
 from consumer.service import Service
 from consumer.settings import load_settings, milliseconds
 from consumer.threshold import Threshold
@@ -18,14 +18,13 @@ from model.scoring import Scorer
 log = logging.getLogger("consumer")
 
 
-def main() -> None:
+def main() -> int:
     """Start, say what with, run until SIGTERM or Ctrl-C, say what was done."""
     parser = argument_parser("consumer", "Watch the log topic and publish anomaly alerts.")
     settings = load_settings(parser.parse_args().config)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s")
-    stop = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    patience = Patience()
+    patience.end_on(signal.SIGTERM, signal.SIGINT)
 
     bundle = Bundle.load(settings.model.path)
     threshold = Threshold.load(settings.calibration.path)
@@ -51,7 +50,7 @@ def main() -> None:
         max_open_blocks=settings.windows.max_open_blocks,
     )
     decoder = Decoder(settings.events, bundle.vocabulary.tokens, milliseconds(settings.windows.max_ahead))
-    service = Service(settings, detector, decoder)
+    service = Service(settings, detector, decoder, patience)
     log.info("reading %s as group %s from %s", topics.events, settings.kafka.group, settings.kafka.bootstrap)
     log.info(
         "alerts go to %s, undecodable messages to %s, delivery %s",
@@ -63,8 +62,9 @@ def main() -> None:
         "model %s on %s, threshold %g (%s, q = %g: at most %.2g of normal blocks alert)",
         bundle.fingerprint[:12], device, threshold.threshold, threshold.strategy, threshold.quantile, threshold.bound,
     )  # fmt: skip
-    service.run(stop)
+    service.run()
     log.info("stopped: %s", service.summary())
+    return patience.exit_status()
 
 
 if __name__ == "__main__":

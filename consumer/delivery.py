@@ -2,24 +2,28 @@
 
 What librdkafka reports is handled by class:
 
-    retriable   the same call is made again, for as long as it takes
+    retriable   the same call is made again, for as long as it takes (see `consumer.patience`)
     abortable   the transaction is aborted, `TransactionAborted` tells the service to recover and go on
     fenced      the transaction timed out while the process or the brokers were away: the producer, whose id nobody
                 else uses, is replaced, then as abortable
+    no return   librdkafka has lost itself in the call: as fenced
     fatal       `UserError`: the process stops with the reason
 """
 
 import logging
+import math
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from threading import Thread
 from typing import Any, ClassVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from consumer.faultpoints import come_by
+from consumer.patience import Patience, is_passing
 from consumer.settings import Settings
 from model.errors import UserError
 
@@ -31,8 +35,8 @@ StateRecord = tuple[int, bytes, bytes | None]
 """Partition, key and value of a state record."""
 
 _CALL_SECONDS = 10.0
-_PATIENCE_SECONDS = 30.0
-_REPLACEMENT_PATIENCE_SECONDS = 600.0  # the brokers that fenced the producer may be away for minutes
+_LOST_SECONDS = 15.0  # well beyond what the call may take
+_START_SECONDS = 30.0
 _FENCED = {
     KafkaError._FENCED,  # noqa: SLF001 - confluent-kafka names librdkafka's own errors so
     KafkaError.INVALID_PRODUCER_EPOCH,
@@ -49,9 +53,9 @@ class TransactionAborted(Exception):  # noqa: N818 - it names what happened
 class Delivery(ABC):
     """Takes messages at any time and makes them durable at `commit`. The producer's queue is the only buffer."""
 
-    def __init__(self, settings: Settings, on_error: Callable[[KafkaError], None]) -> None:
+    def __init__(self, settings: Settings, patience: Patience) -> None:
         self._settings = settings
-        self._on_error = on_error
+        self._patience = patience
         self._refused: KafkaError | None = None
         self._producer = self._connect()
 
@@ -68,6 +72,7 @@ class Delivery(ABC):
                 )
             except BufferError:
                 self._producer.poll(0.1)
+                self._patience.check()
             else:
                 return
 
@@ -107,9 +112,9 @@ class Delivery(ABC):
     def _connect(self) -> Producer:
         try:
             return Producer(
-                {"linger.ms": 5, "compression.type": "lz4", "log_level": 3, **self._defaults}
+                {"linger.ms": 5, "compression.type": "lz4", "log_level": 2, **self._defaults}
                 | self._settings.kafka.for_producer()
-                | {"enable.idempotence": True, "error_cb": self._on_error}
+                | {"enable.idempotence": True, "error_cb": self._patience.notice}
                 | self._own(),
                 logger=log,
             )
@@ -117,7 +122,9 @@ class Delivery(ABC):
             raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
 
     def _delivered(self, error: KafkaError | None, _: Message) -> None:
-        if error is not None and error.code() != KafkaError._PURGE_QUEUE:  # noqa: SLF001
+        if error is None:
+            self._patience.heard()
+        elif error.code() != KafkaError._PURGE_QUEUE:  # noqa: SLF001
             self._refused = error
 
     def _send_records(self, records: Iterable[StateRecord]) -> None:
@@ -131,24 +138,26 @@ class ExactlyOnce(Delivery):
     # A successor waits until a dead process's transaction has timed out, so this bounds the pause after kill -9.
     _defaults: ClassVar[Mapping[str, Any]] = {"transaction.timeout.ms": 10_000}
 
-    def __init__(self, settings: Settings, on_error: Callable[[KafkaError], None]) -> None:
+    def __init__(self, settings: Settings, patience: Patience) -> None:
         self._open = False
-        self._patience = _PATIENCE_SECONDS
-        super().__init__(settings, on_error)
-        self._patience = _REPLACEMENT_PATIENCE_SECONDS
+        self._limit = _START_SECONDS
+        super().__init__(settings, patience)
+        self._limit = math.inf  # whoever has started waits for as long as it takes
 
     def _own(self) -> dict[str, Any]:
         return {"transactional.id": f"{self._settings.kafka.group}-{uuid.uuid4().hex}"}
 
     def _connect(self) -> Producer:
         producer = super()._connect()
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._limit
         while True:
             try:
                 producer.init_transactions(_CALL_SECONDS)
             except KafkaException as error:
                 if not error.args[0].retriable() or time.monotonic() > deadline:
                     raise UserError(f"kafka: transactions cannot be used: {error.args[0].str()}") from None
+                producer.poll(0)
+                self._patience.retry(error.args[0])
             else:
                 return producer
 
@@ -191,9 +200,10 @@ class ExactlyOnce(Delivery):
                 self._producer.abort_transaction(_CALL_SECONDS)
             except KafkaException as error:
                 if not error.args[0].retriable():
-                    self._replace(error.args[0])
+                    self._go_on_after(error.args[0])
                     return
-                log.warning("kafka: %s; trying again", error.args[0].str())
+                self._producer.poll(0)
+                self._patience.retry(error.args[0])
             else:
                 return
 
@@ -208,28 +218,37 @@ class ExactlyOnce(Delivery):
     def _call(self, call: Callable[[], None]) -> None:
         while True:
             try:
-                call()
+                returned = _returned(call)
             except KafkaException as error:
                 if not error.args[0].retriable():
                     self._fail(error.args[0])
-                log.warning("kafka: %s; trying again", error.args[0].str())
+                self._producer.poll(0)
+                self._patience.retry(error.args[0])
             else:
+                if not returned:
+                    reason = "a call to librdkafka does not return"
+                    self._replace(reason)
+                    raise TransactionAborted(reason)
+                self._patience.heard()
                 return
 
     def _fail(self, error: KafkaError) -> None:
         """Raise what `error` means; afterwards no transaction is open."""
         if error.fatal() or error.code() in _FENCED:
-            self._replace(error)
+            self._go_on_after(error)
         else:
             self.abort()
         raise TransactionAborted(error.str())
 
-    def _replace(self, error: KafkaError) -> None:
-        """Go on with a new producer if this one was fenced; nobody else uses its id, so it was only too slow."""
-        self._open = False
+    def _go_on_after(self, error: KafkaError) -> None:
         if error.code() not in _FENCED:
             raise UserError(f"kafka: {error.str()}; the process cannot go on and has to be started again")
-        log.warning("kafka: the producer was fenced (%s): going on with a new one", error.str())
+        self._replace(f"the producer was fenced ({error.str()})")
+
+    def _replace(self, reason: str) -> None:
+        """Go on with a new producer; nobody else uses the old one's id, so brokers end what it left open."""
+        log.warning("kafka: %s: going on with a new producer", reason)
+        self._open = False
         self.close()
         self._producer = self._connect()
 
@@ -257,10 +276,11 @@ class AtLeastOnce(Delivery):
             try:
                 consumer.commit(offsets=list(offsets), asynchronous=False)
             except KafkaException as error:
-                if not error.args[0].retriable():
+                if not is_passing(error.args[0]):
                     raise TransactionAborted(error.args[0].str()) from None
-                log.warning("kafka: %s; trying again", error.args[0].str())
+                self._patience.retry(error.args[0])
             else:
+                self._patience.heard()
                 break
         come_by("after_commit")
 
@@ -269,7 +289,7 @@ class AtLeastOnce(Delivery):
 
     def _flush(self) -> None:
         while self._producer.flush(_CALL_SECONDS):
-            log.warning("kafka: alerts are not acknowledged yet; waiting")
+            self._patience.retry(KafkaError(KafkaError._TIMED_OUT, "alerts are not acknowledged yet"))  # noqa: SLF001
         if self._refused is not None:
             raise UserError(f"a message could not be delivered: {self._refused.str()}")
 
@@ -277,6 +297,28 @@ class AtLeastOnce(Delivery):
 _KINDS: dict[str, type[Delivery]] = {"exactly_once": ExactlyOnce, "at_least_once": AtLeastOnce}
 
 
-def delivery_for(settings: Settings, on_error: Callable[[KafkaError], None]) -> Delivery:
+def delivery_for(settings: Settings, patience: Patience) -> Delivery:
     """Return the delivery that `delivery:` asks for, ready to send."""
-    return _KINDS[settings.delivery](settings, on_error)
+    return _KINDS[settings.delivery](settings, patience)
+
+
+def _returned(call: Callable[[], None]) -> bool:
+    """Make a call that keeps to a time-out if all is well; say whether it returned.
+
+    rd_kafka_send_offsets_to_transaction ignores its time-out, and it never returns when the brokers restarted in a way
+    that made the client forget the group's coordinator (librdkafka's issues 5456 and 5511). A thread can be left there.
+    """
+    raised: list[KafkaException] = []
+
+    def make() -> None:
+        try:
+            call()
+        except KafkaException as error:
+            raised.append(error)
+
+    thread = Thread(target=make, daemon=True)
+    thread.start()
+    thread.join(_LOST_SECONDS)
+    if raised:
+        raise raised[0]
+    return not thread.is_alive()

@@ -5,14 +5,16 @@ Start, crash, aborted transaction, rebalance and lost partition all come through
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from consumer.checkpoint import Recovered, Replay, recover
 from consumer.faultpoints import come_by
+from consumer.patience import Patience, is_passing
 from consumer.records import DamagedRecordError
 from consumer.settings import Settings
 from consumer.topics import check_state_topic
@@ -24,7 +26,6 @@ log = logging.getLogger("consumer")
 T = TypeVar("T")
 
 _CALL_SECONDS = 10.0
-_PATIENCE_SECONDS = 600.0
 _SAY_AFTER_SECONDS = 5.0
 
 
@@ -45,35 +46,38 @@ class Start:
     leftovers: list[bytes]
 
 
+def _empty(offset: int, records: Mapping[bytes, bytes]) -> Start:
+    """Begin without windows: what the records hold no longer fits."""
+    return Start(offset, Recovered(), Replay(offset, {}), list(records))
+
+
 class Restorer:
-    """Reads state partitions, with a consumer of its own.
+    """Reads state partitions, with a consumer of its own. Waits for brokers that are away, however long.
 
     Args:
         consumer: the group's, to ask for committed offsets.
     """
 
-    def __init__(self, settings: Settings, vocabulary: Vocabulary, consumer: Consumer) -> None:
+    def __init__(self, settings: Settings, vocabulary: Vocabulary, consumer: Consumer, patience: Patience) -> None:
         self._settings = settings
         self._vocabulary = vocabulary
         self._group = consumer
+        self._patience = patience
 
     def start(self, partition: int) -> Start:
         """Return where to begin with an input partition.
 
         Raises:
-            UserError: the state topic cannot be read or belongs to another group.
+            UserError: the state topic cannot be read or belongs to another group, or the partition is gone.
         """
         began = time.monotonic()
         topic = self._settings.topics.events
-        low, high = self._patiently(
-            lambda: self._group.get_watermark_offsets(TopicPartition(topic, partition), timeout=_CALL_SECONDS)
-        )
-        (committed,) = self._patiently(
-            lambda: self._group.committed([TopicPartition(topic, partition)], timeout=_CALL_SECONDS)
-        )
-        asked = time.monotonic()
-        records = self._read(partition)
-        kafka = time.monotonic() - asked
+        with closing(self._reader()) as reader:
+            committed = self._patiently(reader, lambda: self._committed(topic, partition))
+            low, high = self._patiently(reader, lambda: self._bounds(reader, topic, partition))
+            asked = time.monotonic()
+            records = self._read(reader, partition)
+            kafka = time.monotonic() - asked
         come_by("restore")
         where = f"{topic}/{partition}"
         try:
@@ -89,24 +93,29 @@ class Restorer:
                 f"topic {self._settings.topics.state} belongs to the consumer group {checkpoint.group}; "
                 "give this group a state topic of its own: topics.state"
             )
-        fresh = self._fresh_offset(low, high)
         if committed.offset < 0 or committed.offset > high:
             if checkpoint is not None or committed.offset > high:
                 log.warning("%s: the group's offsets were reset or the topic was made anew: windows start empty", where)
-            return Start(fresh, Recovered(), Replay(fresh, {}), list(records))
+            return _empty(self._fresh_offset(low, high), records)
+        if committed.offset < low:
+            log.warning(
+                "%s: events %d to %d were deleted before they were read and cannot be judged; keep events for longer "
+                "than the consumer may be away", where, committed.offset, low - 1,
+            )  # fmt: skip
+        begin = max(committed.offset, low)
         if checkpoint is None:
             log.warning(
                 "%s: no windows are stored (was the state topic deleted?): blocks in mid-life start anew", where
             )
-            return Start(committed.offset, Recovered(), Replay(committed.offset, {}), list(records))
+            return _empty(begin, records)
         transactional = self._settings.delivery == "exactly_once"
         if committed.offset < checkpoint.offset and transactional:
             log.warning("%s: the group's offsets were set back to %d: windows start empty", where, committed.offset)
-            return Start(committed.offset, Recovered(), Replay(committed.offset, {}), list(records))
-        if checkpoint.offset < low:
+            return _empty(begin, records)
+        if checkpoint.offset < min(low, committed.offset):
             log.warning(
                 "%s: events %d to %d are gone from the topic: windows may lack them; keep events longer than "
-                "checkpoint.interval", where, checkpoint.offset, low - 1,
+                "checkpoint.interval", where, checkpoint.offset, min(low, committed.offset) - 1,
             )  # fmt: skip
         offset = max(checkpoint.offset, low)
         replay = Replay(
@@ -123,11 +132,8 @@ class Restorer:
         policy = str(self._settings.kafka.for_consumer().get("auto.offset.reset", "earliest"))
         return high if policy in {"latest", "largest", "end"} else low
 
-    def _read(self, partition: int) -> dict[bytes, bytes]:
-        """Return the latest committed record of each key of a state partition."""
-        topic = self._settings.topics.state
-        heard: list[KafkaError] = []
-        reader = Consumer(
+    def _reader(self) -> Consumer:
+        return Consumer(
             {"queued.min.messages": 1_000_000}
             | self._settings.kafka.for_consumer()
             | {
@@ -135,67 +141,69 @@ class Restorer:
                 "isolation.level": "read_committed",
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
-                "log_level": 3,
-                "error_cb": heard.append,
+                "log_level": 2,
+                "error_cb": self._patience.notice,
             },
             logger=log,
         )
+
+    def _committed(self, topic: str, partition: int) -> TopicPartition:
+        (committed,) = self._group.committed([TopicPartition(topic, partition)], timeout=_CALL_SECONDS)
+        if committed.error is not None:
+            raise KafkaException(committed.error)
+        return committed
+
+    def _bounds(self, reader: Consumer, topic: str, partition: int) -> tuple[int, int]:
+        """Return the first offset of an input partition, and the one after its last."""
+        if partition not in _partitions(reader, topic):
+            raise UserError(f"topic {topic} no longer has the partition {partition}; was it deleted?")
+        return reader.get_watermark_offsets(TopicPartition(topic, partition), timeout=_CALL_SECONDS)
+
+    def _read(self, reader: Consumer, partition: int) -> dict[bytes, bytes]:
+        """Return the latest committed record of each key of a state partition."""
+        topic = self._settings.topics.state
+        # Not the group's consumer: this runs in its callback, and there list_topics would break its next callback.
+        if partition not in self._patiently(reader, lambda: _partitions(reader, topic)):
+            check_state_topic(self._settings)  # partitions were added to the event topic, or this one was deleted
         records: dict[bytes, bytes] = {}
         count = 0
         said = time.monotonic()
-        silent_since = time.monotonic()
-        try:
-            # Not the group's consumer: this runs in its callback, and there list_topics would break its next callback.
-            there = self._patiently(lambda: reader.list_topics(topic, timeout=_CALL_SECONDS)).topics[topic].partitions
-            if partition not in there:  # partitions were added to the event topic, or the state topic was deleted
-                check_state_topic(self._settings)
-            reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
-            while True:
-                for message in reader.consume(10_000, 0.2):
-                    silent_since = time.monotonic()
-                    error = message.error()
-                    if error is None:
-                        count += 1
-                        if message.value() is None:
-                            records.pop(message.key(), None)
-                        else:
-                            records[message.key()] = message.value()
-                    elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own
-                        return records
-                    elif not error.retriable():
-                        raise UserError(f"topic {topic} cannot be read: {error.str()}")
-                if time.monotonic() - said > _SAY_AFTER_SECONDS:
-                    said = time.monotonic()
-                    log.info("restoring %s/%d: %s records read", topic, partition, f"{count:,}")
-                if time.monotonic() - silent_since > _PATIENCE_SECONDS:
-                    reason = heard[-1].str() if heard else "no answer"
-                    raise UserError(f"topic {topic} cannot be read: {reason}")
-        finally:
-            reader.close()
+        reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
+        while True:
+            for message in reader.consume(10_000, 0.2):
+                error = message.error()
+                if error is None:
+                    self._patience.heard()
+                    count += 1
+                    if message.value() is None:
+                        records.pop(message.key(), None)
+                    else:
+                        records[message.key()] = message.value()
+                elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own
+                    return records
+                elif is_passing(error):
+                    self._patience.retry(error)
+                else:
+                    raise UserError(f"topic {topic} cannot be read: {error.str()}")
+            self._patience.check()
+            if time.monotonic() - said > _SAY_AFTER_SECONDS:
+                said = time.monotonic()
+                log.info("restoring %s/%d: %s records read", topic, partition, f"{count:,}")
 
-    @staticmethod
-    def _patiently(call: Callable[[], T]) -> T:
-        """Make a call again while the brokers are busy: a predecessor's transaction may have to time out first."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+    def _patiently(self, reader: Consumer, call: Callable[[], T]) -> T:
+        """Make a call again while brokers are away or busy: a predecessor's transaction may have to time out first."""
         while True:
             try:
                 return call()
             except KafkaException as error:
-                if not _passing(error.args[0]) or time.monotonic() > deadline:
+                if not is_passing(error.args[0]):
                     raise UserError(f"kafka: {error.args[0].str()}") from None
-                time.sleep(0.1)
+                reader.poll(0.1)  # a pause in which the client tells its troubles
+                self._patience.retry(error.args[0])
 
 
-def _passing(error: KafkaError) -> bool:
-    return error.retriable() or error.code() in {
-        KafkaError._TIMED_OUT,  # noqa: SLF001
-        KafkaError._TRANSPORT,  # noqa: SLF001
-        KafkaError._WAIT_COORD,  # noqa: SLF001
-        KafkaError._ALL_BROKERS_DOWN,  # noqa: SLF001
-        KafkaError.UNSTABLE_OFFSET_COMMIT,
-        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
-        KafkaError.COORDINATOR_NOT_AVAILABLE,
-        KafkaError.NOT_COORDINATOR,
-        KafkaError.LEADER_NOT_AVAILABLE,
-        KafkaError.NOT_LEADER_FOR_PARTITION,
-    }
+def _partitions(reader: Consumer, topic: str) -> Mapping[int, Any]:
+    found = reader.list_topics(topic, timeout=_CALL_SECONDS).topics[topic]
+    if found.error is not None and is_passing(found.error):
+        raise KafkaException(found.error)
+    return found.partitions

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Event
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
@@ -19,6 +18,7 @@ from consumer.delivery import Headers, StateRecord, TransactionAborted, delivery
 from consumer.detector import Detector
 from consumer.events import Decoder, EventBatch, Undecodable
 from consumer.faultpoints import come_by
+from consumer.patience import HOPELESS, Patience
 from consumer.restore import Restorer, Start
 from consumer.settings import Settings
 from model.errors import UserError
@@ -55,45 +55,46 @@ class _Assigned:
 class Service:
     """One consumer process: a member of the consumer group, with one producer."""
 
-    def __init__(self, settings: Settings, detector: Detector, decoder: Decoder) -> None:
+    def __init__(self, settings: Settings, detector: Detector, decoder: Decoder, patience: Patience) -> None:
         self._settings = settings
         self._topic = settings.topics.events
         self._detector = detector
         self._decoder = decoder
+        self._patience = patience
         self._assigned: dict[int, _Assigned] = {}
         self._failure: str | None = None
         self._recovery_due = False
         self._checkpoint_at = 0.0
         self.messages = self.alerts = self.dead_letters = 0
 
-    def run(self, stop: Event) -> None:
-        """Work until `stop` is set, then commit what is done and leave the group.
+    def run(self) -> None:
+        """Work until a stop is asked for, then commit what is done and leave the group.
 
         Raises:
             UserError: Kafka refuses to go on (wrong credentials, missing rights, topic deleted …).
         """
-        self._delivery = delivery_for(self._settings, self._on_error)
+        self._delivery = delivery_for(self._settings, self._patience)
         try:
             self._consumer = Consumer(
-                {"auto.offset.reset": "earliest", "log_level": 3}
+                {"auto.offset.reset": "earliest", "log_level": 2}
                 | self._settings.kafka.for_consumer()
                 | {
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,
                     "isolation.level": "read_committed",
                     "partition.assignment.strategy": "cooperative-sticky",
-                    "error_cb": self._on_error,
+                    "error_cb": self._patience.notice,
                 },
                 logger=log,
             )
         except KafkaException as error:
             raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
-        self._restorer = Restorer(self._settings, self._detector.vocabulary, self._consumer)
+        self._restorer = Restorer(self._settings, self._detector.vocabulary, self._consumer, self._patience)
         try:
             self._consumer.subscribe(
                 [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
-            self._loop(stop)
+            self._loop()
         except BaseException:
             self._failure = self._failure or "stopped by an error"  # nothing half done may be committed on the way out
             raise
@@ -102,7 +103,7 @@ class Service:
             self._delivery.close()
         self._raise_failure()
 
-    def _loop(self, stop: Event) -> None:
+    def _loop(self) -> None:
         scoring = self._settings.scoring
         interval = self._settings.commit.interval.total_seconds()
         checkpoint_interval = self._settings.checkpoint.interval.total_seconds()
@@ -110,7 +111,7 @@ class Service:
         now = time.monotonic()
         commit_at, report_at = now + interval, now + _REPORT_SECONDS
         self._checkpoint_at = now + checkpoint_interval
-        while not stop.is_set():
+        while not self._patience.stop_asked:
             try:
                 self._take(self._consumer.consume(scoring.max_batch, wait))
                 self._close_silent()
@@ -158,6 +159,7 @@ class Service:
             assigned.touched = True
             assigned.active = now
             published = assigned.replay is not None and offset < assigned.replay.until
+            self._patience.uncommitted += not published
             batches = done if published else live
             batch = batches.get(partition)
             if batch is None:
@@ -227,6 +229,7 @@ class Service:
             return
         offsets = [TopicPartition(self._topic, partition, assigned.position) for partition, assigned in due.items()]
         self._delivery.commit(self._consumer, offsets, self._records(due, begin=begin, finish=finish))
+        self._patience.uncommitted = 0
         for assigned in due.values():
             assigned.touched = False
             assigned.leftovers = []
@@ -264,6 +267,7 @@ class Service:
     def _recover(self) -> None:
         """Go back to what is committed, in all partitions: memory is ahead of it."""
         self._recovery_due = False
+        self._patience.uncommitted = 0
         for partition in list(self._assigned):
             where = self._begin(partition)
             deadline = time.monotonic() + 10
@@ -302,7 +306,10 @@ class Service:
         log.info("gave back partitions %s", _numbers(partitions))
 
     def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
-        self._delivery.abort()
+        try:
+            self._delivery.abort()
+        except UserError as error:
+            self._failure = str(error)
         self._drop([lost.partition for lost in partitions])
         self._recovery_due = True  # what else was in the transaction is gone with it
         consumer.incremental_unassign(partitions)
@@ -314,34 +321,15 @@ class Service:
             self._assigned.pop(partition, None)
 
     def _raise_failure(self) -> None:
+        self._patience.check()
         if self._failure:
             raise UserError(self._failure)
 
-    def _on_error(self, error: KafkaError) -> None:
-        """Hear of trouble with the brokers; librdkafka mends most by itself, and a fenced producer is replaced."""
-        if error.code() in _HOPELESS:
-            self._failure = f"kafka: {error.str()}"
-        else:
-            log.warning("kafka: %s", error.str())
-
     def _on_message_error(self, error: KafkaError) -> None:
-        if error.code() in _HOPELESS:
+        if error.code() in HOPELESS:
             self._failure = f"{self._topic}: {error.str()}"
         else:
             log.warning("%s: %s", self._topic, error.str())
-
-
-_HOPELESS = {
-    KafkaError._AUTHENTICATION,  # noqa: SLF001 - confluent-kafka names librdkafka's own errors so
-    KafkaError.SASL_AUTHENTICATION_FAILED,
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
-}
-"""Waiting does not mend these."""
 
 
 def _numbers(partitions: Iterable[TopicPartition]) -> str:

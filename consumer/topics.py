@@ -1,6 +1,7 @@
 """Makes sure that the topics are there before anything is read from or written to them."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -70,6 +71,9 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
                 raise UserError(
                     f"topic {name} cannot be created: {error.args[0].str()}; see to the settings under topics"
                 ) from None
+    deadline = time.monotonic() + _SECONDS
+    while any(spec.name not in _cluster(settings).topics for spec in missing) and time.monotonic() < deadline:
+        time.sleep(0.1)  # a busy broker says that a topic is created before it tells of it
     return created
 
 

@@ -26,6 +26,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from rich.table import Table
 
 from consumer.faultpoints import PLACES
+from consumer.patience import NOT_COMMITTED
 from consumer.settings import Settings, load_settings
 from consumer.topics import TopicSpec, ensure_topics, require_topic
 from model.cli import argument_parser, console, run
@@ -218,7 +219,7 @@ class _Trial:
             self._tally.kills += 1
         elif instance.returncode == 2 and self._broker_away:
             pass  # it was just starting and said that no broker answers
-        elif instance.returncode not in {0, -signal.SIGTERM}:
+        elif instance.returncode not in {0, NOT_COMMITTED, -signal.SIGTERM}:
             self._tally.unexpected_exits += 1
             lines = log.read_text(errors="replace").splitlines()
             self._tally.exits.append(f"{log.name}: status {instance.returncode}: {lines[-1] if lines else ''}")

@@ -160,6 +160,34 @@ def test_a_jump_of_the_watermark_closes_more_sessions_than_fit_into_one_portion(
     assert store.open_blocks == 1
 
 
+def test_a_full_store_closes_the_longest_silent_block_first():
+    store = WindowStore(window=WINDOW, every=10, idle_timeout=10**6, limit=3)
+    batch = EventBatch([*"ABCADE"], [4, 5, 6, 7, 4, 4], list(range(6)), list(range(6)))
+    evicted = [
+        (store.block(fact["slot"]), row[: fact["length"] + 2].tolist())
+        for looks in store.apply(batch)
+        for fact, row in zip(looks.facts, looks.rows, strict=True)
+        if fact["evicted"]
+    ]
+    assert evicted == [("B", [BOS, 5, END]), ("C", [BOS, 6, END])], "A has spoken since"
+    assert store.open_blocks == 3
+
+
+def test_a_million_junk_blocks_cost_the_memory_of_the_limit():
+    limit, batch = 1000, 10_000
+    store = WindowStore(window=WINDOW, every=10, idle_timeout=10**6, limit=limit)
+    closed = rows = 0
+    for begin in range(0, 1_000_000, batch):
+        offsets = list(range(begin, begin + batch))
+        for looks in store.apply(EventBatch([f"junk {n}" for n in offsets], [4] * batch, [0] * batch, offsets)):
+            closed += int(looks.facts["evicted"].sum())
+        assert store.open_blocks == limit
+        assert len(store.take_departed()) == batch - (limit if begin == 0 else 0)
+        rows = max(rows, len(store._sessions))
+    assert closed == 1_000_000 - limit
+    assert rows <= 2 * (limit + batch)
+
+
 def test_rows_are_used_again():
     store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
     for number in range(5000):

@@ -5,11 +5,16 @@ import signal
 import time
 from pathlib import Path
 from random import Random
+from threading import Event, Thread
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
+from consumer.delivery import TransactionAborted, delivery_for
+from consumer.patience import NOT_COMMITTED, Patience
+from consumer.restore import Restorer
+from model.bundle import Bundle
 from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
 from scripts.simulator import simulate
 from scripts.verify import verify
@@ -26,6 +31,15 @@ def stream(blocks, seed, share=0.2):
 
 def joined(line, process):
     line.wait_for(lambda: "assigned" in process.log.read_text(), what="joining")
+
+
+def written(line, topic):
+    """Return how many messages a topic has, those of open transactions included."""
+    reader = Consumer({"bootstrap.servers": line.bootstrap, "group.id": "x", "isolation.level": "read_uncommitted"})
+    numbers = reader.list_topics(topic, timeout=10).topics[topic].partitions
+    bounds = [reader.get_watermark_offsets(TopicPartition(topic, number), timeout=10) for number in numbers]
+    reader.close()
+    return sum(high - low for low, high in bounds)
 
 
 def test_faults_small_and_seeded(line, tmp_path):
@@ -158,8 +172,11 @@ def test_added_partitions_are_noticed_while_running_and_said(line):
     made.consume_all()
 
 
-def test_brokers_away_for_longer_than_a_transaction_lives(line, tmp_path):
-    """The consumer waits, recovers when they are back, and nothing is lost or comes twice."""
+def test_brokers_away_for_longer_than_a_group_or_a_transaction_lives(line, tmp_path):
+    """One consumer waits and goes on by itself. One that is told to stop ends in time and says what it left undone.
+
+    A recovery that is under way goes on, too. Nothing is lost or comes twice.
+    """
     own = LocalKafka(
         tmp_path / "kafka",
         free_port(),
@@ -167,23 +184,80 @@ def test_brokers_away_for_longer_than_a_transaction_lives(line, tmp_path):
     )
     own.up()
     try:
-        made = line(broker=own)
-        process = made.start_consumer()
-        joined(made, process)
+        waiting = line(broker=own, kafka={"max.poll.interval.ms": 10_000})
+        stopping = line(broker=own, commit={"interval": "1h"})
+        waits, stops = waiting.start_consumer(), stopping.start_consumer()
+        joined(waiting, waits)
+        joined(stopping, stops)
+        group = Consumer({"bootstrap.servers": own.bootstrap, "group.id": waiting.name, "log_level": 0})
+        restorer = Restorer(waiting.settings, Bundle.load(waiting.settings.model.path).vocabulary, group, Patience())
+        restorer.start(0)
         events = stream(200, 51)
-        made.produce(events[: len(events) // 2])
+        stopping.produce(events)
+        stopping.wait_for(lambda: written(stopping, stopping.settings.topics.alerts), what="reading")
+        waiting.produce(events[: len(events) // 2])
         own.kill()
-        time.sleep(40)
-        assert process.poll() is None, process.log.read_text()
+        began = time.monotonic()
+        recovery = Thread(target=restorer.start, args=(0,), daemon=True)
+        recovery.start()
+        time.sleep(3)
+        status, seconds = stopping.stop(stops)
+        said = stops.log.read_text()
+        assert (status, seconds < 10) == (NOT_COMMITTED, True), said
+        assert "no broker has answered" in said
+        assert "events were read that no commit is known to cover" in said
+        time.sleep(began + 40 - time.monotonic())
+        assert waits.poll() is None, waits.log.read_text()
+        assert 1 <= waits.log.read_text().count("trying again") < 10, waits.log.read_text()
+        assert recovery.is_alive()
         own.up()
-        made.produce(events[len(events) // 2 :])
-        made.wait_for(lambda: made.lag() == 0, seconds=120, what="going on")
-        assert made.stop(process)[0] == 0
-        result = verify(made.settings)
-        assert result.is_exact
-        assert result.alerts_expected > 20
+        recovery.join(60)
+        assert not recovery.is_alive()
+        group.close()
+        waiting.produce(events[len(events) // 2 :])
+        waiting.wait_for(lambda: waiting.lag() == 0, seconds=120, what="going on")
+        assert waiting.stop(waits)[0] == 0
+        stopping.processes.clear()
+        stopping.config.write_text(stopping.config.read_text().replace("1h", "100ms"))
+        stopping.consume_all()
+        for result in (verify(waiting.settings), verify(stopping.settings)):
+            assert result.is_exact
+            assert result.alerts_expected > 20
     finally:
         own.down(purge=True)
+
+
+def test_a_call_that_never_returns_costs_the_producer_and_its_transaction_only(line, monkeypatch):
+    """librdkafka's issue 5511: after some restarts of brokers it waits for a coordinator that it has forgotten."""
+
+    class Lost:
+        def __init__(self, producer):
+            self.producer = producer
+
+        def __getattr__(self, name):
+            return getattr(self.producer, name)
+
+        def send_offsets_to_transaction(self, *_):
+            forever.wait()
+
+    made, forever = line(), Event()
+    made.consume_all()  # creates the topics
+    monkeypatch.setattr("consumer.delivery._LOST_SECONDS", 1)
+    alerts, events = made.settings.topics.alerts, made.settings.topics.events
+    group = Consumer({"bootstrap.servers": made.bootstrap, "group.id": made.name, "log_level": 0})
+    delivery = delivery_for(made.settings, Patience())
+    offsets = [TopicPartition(events, 0, 0)]
+    delivery._producer = Lost(delivery._producer)
+    delivery.send(alerts, b"not to be seen", b"A", [])
+    with pytest.raises(TransactionAborted):
+        delivery.commit(group, offsets, [])
+    delivery.send(alerts, b"seen", b"A", [])
+    delivery.commit(group, offsets, [])
+    delivery.close()
+    group.close()
+    forever.set()
+    made.wait_for(lambda: made.read(alerts), what="the end of the transaction that was left open")
+    assert [found.value() for found in made.read(alerts)] == [b"seen"]
 
 
 def test_a_state_topic_of_another_group_is_refused(line):
@@ -226,6 +300,41 @@ def test_a_deleted_state_topic_is_noticed(line):
         future.result()
     process = made.consume_all()
     assert "no windows are stored (was the state topic deleted?)" in process.log.read_text()
+
+
+def test_events_deleted_before_they_were_needed_are_noticed(line):
+    made = line(checkpoint={"interval": "1h"})
+    first = made.start_consumer()
+    joined(made, first)
+    made.produce([(*message("A", "x", number), 0) for number in range(20)])
+    made.wait_for(lambda: made.lag() == 0, what="committing")
+    made.stop(first)  # hands over with a checkpoint at 20
+    second = made.start_consumer()
+    joined(made, second)
+    made.produce([(*message("B", "x", 20), 0) for _ in range(20)])
+    made.wait_for(lambda: made.lag() == 0, what="committing")
+    made.stop(second, signal.SIGKILL)  # committed at 40
+    topic = made.settings.topics.events
+    admin = AdminClient({"bootstrap.servers": made.bootstrap, "log_level": 0})
+
+    def delete_up_to(offset):
+        for future in admin.delete_records([TopicPartition(topic, 0, offset)]).values():
+            future.result()
+
+    delete_up_to(30)
+    process = made.consume_all()
+    said = process.log.read_text()
+    assert f"{topic}/0: events 20 to 29 are gone from the topic: windows may lack them" in said
+    assert "cannot be judged" not in said
+
+    made.produce([(*message("C", "x", 40), 0) for _ in range(20)])
+    delete_up_to(50)
+    process = made.consume_all()
+    said = process.log.read_text()
+    assert f"{topic}/0: events 40 to 49 were deleted before they were read and cannot be judged" in said
+    assert "windows may lack them" not in said
+    alerts = [json.loads(found.value()) for found in made.read(made.settings.topics.alerts)]
+    assert {alert["source"]["first_offset"] for alert in alerts if alert["block_id"] == "C"} == {50}
 
 
 def test_garbage_costs_neither_the_good_events_nor_memory(line):

@@ -1,0 +1,145 @@
+"""How long the process waits for brokers that do not answer: without limit while it runs, briefly once it is to stop.
+
+A stop commits what is done for as long as brokers answer. When they have been silent for too long it ends as by
+kill -9, from a thread of its own: a call of librdkafka may take longer than that, and every other end is as safe.
+"""
+
+import logging
+import math
+import os
+import signal
+import socket
+import time
+from threading import Event, Thread
+from typing import NoReturn
+
+from confluent_kafka import KafkaError
+
+from model.errors import UserError
+
+log = logging.getLogger("consumer")
+
+NOT_COMMITTED = 3
+"""Exit status of a stop that left events to be done again."""
+
+_SAY_SECONDS = 30.0
+_SILENCE_SECONDS = 7.0  # a container is killed ten seconds after it was asked to stop
+
+HOPELESS = {
+    KafkaError._AUTHENTICATION,  # noqa: SLF001 - confluent-kafka names librdkafka's own errors so
+    KafkaError.SASL_AUTHENTICATION_FAILED,
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
+}
+"""Waiting does not mend these."""
+
+_PASSING = {
+    KafkaError._TIMED_OUT,  # noqa: SLF001
+    KafkaError._TIMED_OUT_QUEUE,  # noqa: SLF001
+    KafkaError._TRANSPORT,  # noqa: SLF001
+    KafkaError._RESOLVE,  # noqa: SLF001
+    KafkaError._WAIT_COORD,  # noqa: SLF001
+    KafkaError._ALL_BROKERS_DOWN,  # noqa: SLF001
+    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001 - so says librdkafka of any partition while no broker is there
+    KafkaError.UNSTABLE_OFFSET_COMMIT,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.BROKER_NOT_AVAILABLE,
+    KafkaError.NETWORK_EXCEPTION,
+    KafkaError.REQUEST_TIMED_OUT,
+}
+
+
+def is_passing(error: KafkaError) -> bool:
+    """Say whether the same call may succeed once brokers are back, or no longer busy."""
+    return error.retriable() or error.code() in _PASSING
+
+
+class Patience:
+    """Shared by all that talk to the brokers.
+
+    Attributes:
+        uncommitted: events read that no commit is known to cover.
+    """
+
+    def __init__(self) -> None:
+        self.uncommitted = 0
+        self._stop = Event()
+        self._heard = 0.0
+        self._said: dict[int, float] = {}
+        self._hopeless: str | None = None
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether the process is to end."""
+        return self._stop.is_set()
+
+    def heard(self) -> None:
+        """Note that the brokers do what they are asked."""
+        self._heard = time.monotonic()
+
+    def notice(self, error: KafkaError) -> None:
+        """Hear of trouble from a client, as its `error_cb`; librdkafka mends most by itself."""
+        if error.code() in HOPELESS:
+            self._hopeless = f"kafka: {error.str()}"
+        else:
+            self._say(error.code(), error.str())
+
+    def check(self) -> None:
+        """Do nothing while there is hope.
+
+        Raises:
+            UserError: a client met something that waiting does not mend.
+        """
+        if self._hopeless:
+            raise UserError(self._hopeless)
+
+    def retry(self, error: KafkaError) -> None:
+        """Say, now and then, why the same call is made again.
+
+        Raises:
+            UserError: as `check`.
+        """
+        self.check()
+        self._say(error.code(), f"{error.str()}; trying again until it works")
+
+    def end_on(self, *signals: signal.Signals) -> None:
+        """Stop at any of these signals, from the main thread: what is done is committed while brokers answer."""
+        bell, ringer = socket.socketpair()
+        ringer.setblocking(False)
+        signal.set_wakeup_fd(ringer.fileno())  # Python's own handlers wait until the main thread is out of librdkafka
+        for number in signals:
+            signal.signal(number, lambda *_: None)
+        Thread(target=self._end, args=(bell, ringer), daemon=True).start()
+
+    def exit_status(self) -> int:
+        """Say what is not committed; return the status with which the process is to end."""
+        if not self.uncommitted:
+            return 0
+        log.error(
+            "%s events were read that no commit is known to cover: what is not committed will be done again",
+            f"{self.uncommitted:,}",
+        )
+        return NOT_COMMITTED
+
+    def _say(self, code: int, trouble: str) -> None:
+        now = time.monotonic()
+        if now - self._said.get(code, -math.inf) >= _SAY_SECONDS:
+            self._said[code] = now
+            log.warning("kafka: %s", trouble)
+
+    def _end(self, bell: socket.socket, _ringer: socket.socket) -> NoReturn:
+        bell.recv(1)
+        asked = time.monotonic()
+        self._stop.set()
+        while (left := max(asked, self._heard) + _SILENCE_SECONDS - time.monotonic()) > 0:
+            time.sleep(left)
+        log.error("told to stop, and no broker has answered for %.0f s: ending without them", _SILENCE_SECONDS)
+        os._exit(self.exit_status())
