@@ -46,17 +46,16 @@ def _print(settings: Settings, arguments: Namespace) -> None:
     else:
         alerts = [_decode(value) for value in values]
         table = Table(title=f"{len(alerts):,} alerts in {settings.topics.alerts}")
-        for heading, wide in (
-            ("time", 19),
-            ("severity", 8),
-            ("block", 12),
-            ("score > threshold", 9),
-            ("what happened, and what was expected", 30),
+        for heading, most in (
+            ("time", 10),
+            ("block", 24),
+            ("severity, score", 15),
+            ("what happened, what was expected", None),
         ):
-            table.add_column(heading, min_width=wide, overflow="fold")
+            table.add_column(heading, max_width=most, overflow="fold")
         for alert in alerts[-arguments.last :] if arguments.last > 0 else ():
-            *facts, what, expected = _cells(alert)
-            table.add_row(*facts, f"{what}\n[dim]expected {expected}[/]")
+            when, severity, block, score, what, expected = _cells(alert)
+            table.add_row(when, block, f"{severity}\n{score}", f"{what}\n[dim]expected {expected}[/]")
         console.print(table)
         if len(alerts) > arguments.last:
             errors.print(f"the last {arguments.last:,} are shown; --last N shows more, --json all")
