@@ -1,74 +1,245 @@
-"""`python -m calibration`: finds the threshold on held-out normal sessions and writes it."""
+"""`python -m calibration`: finds the thresholds on held-out normal traffic, writes them, and says what they mean."""
 
 import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
-from calibration.block_scores import block_scores
-from calibration.calibrate import calibrate
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from calibration.block_scores import Block, block_scores
+from calibration.calibrate import calibrate, usable_levels
 from calibration.quantile import blocks_needed
-from consumer.settings import load_settings, milliseconds
+from calibration.rate import blocks_per_day, quantile_for
+from calibration.traffic import read_traffic
+from consumer.settings import Settings, load_settings, milliseconds
+from consumer.threshold import Threshold
 from model.bundle import Bundle
 from model.cli import argument_parser, console, progress_bar, run
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
-from model.sessions import read_normal
+from model.sessions import read_normal, read_sessions
+
+_FROM_SETTINGS = ""
+_LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Normal traffic: block scores (N,), the highest blocks, blocks a day if times are known, and what was read."""
+
+    scores: NDArray[np.float64]
+    highest: list[Block]
+    per_day: float | None
+    source: list[str]
 
 
 def main() -> None:
-    """Score, rank, write, and say what the threshold means."""
-    parser = argument_parser("calibration", "Find the alert threshold on held-out normal sessions.")
+    """Score, rank, write, and say what the thresholds mean."""
+    arguments = _parser().parse_args()
+    begin, end = (_time(option, text) for option, text in (("--from", arguments.begin), ("--to", arguments.end)))
+    _check(arguments, begin, end)
+    settings = load_settings(arguments.config)
+    out = arguments.out or settings.calibration.path
+    scorer = Scorer(Bundle.load(settings.model.path), settings.calibration.strategy, choose(settings.device))
+
+    if arguments.topic is None:
+        observed = _from_files(arguments, settings, scorer)
+    else:
+        observed = _from_topic(arguments.topic or settings.topics.events, settings, scorer, begin, end)
+    quantile = settings.calibration.quantile
+    if arguments.target_alerts_per_day is not None:
+        if observed.per_day is None:
+            raise UserError(
+                "--target-alerts-per-day needs to know how many blocks begin in a day, and this traffic covers no time "
+                "that is known: give an event CSV with its timestamps, or --topic"
+            )
+        quantile = quantile_for(arguments.target_alerts_per_day, observed.per_day, len(observed.scores))
+        console.print(f"quantile {quantile:g}, for at most {arguments.target_alerts_per_day:g} false alerts a day")
+    levels, reasons = usable_levels(settings.calibration.levels, quantile, len(observed.scores))
+    threshold = calibrate(
+        observed.scores,
+        scorer,
+        quantile=quantile,
+        every=settings.scoring.every,
+        idle_timeout_ms=milliseconds(settings.windows.idle_timeout),
+        levels=levels,
+        blocks_per_day=observed.per_day,
+    )
+    failing = _failing(arguments.anomalous, settings, scorer) if arguments.anomalous else None
+    threshold.save(out)
+    _say(threshold, reasons)
+    console.print(f"written to {out}, with anomaly_threshold.txt and anomaly_strategy.txt beside it")
+    if arguments.report:
+        from calibration.report import Findings, write_report  # noqa: PLC0415 - importing matplotlib takes a second
+
+        page = out.with_name("calibration_report.html")
+        findings = Findings(threshold, observed.source, observed.scores, observed.highest, failing, arguments.prior)
+        folder = write_report(findings, scorer, page)
+        console.print(f"report in {page}, its pictures in {folder}")
+
+
+def _parser() -> ArgumentParser:
+    parser = argument_parser("calibration", "Find the alert thresholds on held-out normal traffic.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--normal", type=Path, nargs="+", metavar="FILE", help="normal sessions not used in training")
+    source.add_argument(
+        "--topic",
+        nargs="?",
+        const=_FROM_SETTINGS,
+        metavar="TOPIC",
+        help="normal traffic from this event topic (default: topics.events of the settings)",
+    )
+    parser.add_argument("--from", dest="begin", metavar="TIME", help="with --topic: event time at which to begin")
+    parser.add_argument("--to", dest="end", metavar="TIME", help="with --topic: event time before which to end")
     parser.add_argument(
-        "--normal",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="normal sessions not used in training",
+        "--target-alerts-per-day",
+        type=float,
+        metavar="N",
+        help="choose the quantile so that normal traffic like this causes at most N alerts a day",
+    )
+    parser.add_argument(
+        "--anomalous", type=Path, nargs="+", metavar="FILE", help="failing sessions, for the report's ROC curves"
+    )
+    parser.add_argument(
+        "--prior",
+        type=float,
+        default=0.0293,
+        help="share of failing blocks in nature, for the report (default: HDFS_v1's 0.0293)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="threshold.json (default: calibration.path of the settings)"
     )
-    arguments = parser.parse_args()
-    settings = load_settings(arguments.config)
-    out = arguments.out or settings.calibration.path
-    quantile = settings.calibration.quantile
-    bundle = Bundle.load(settings.model.path)
+    parser.add_argument("--no-report", dest="report", action="store_false", help="write no calibration_report.html")
+    return parser
 
+
+def _check(arguments: Namespace, begin: int | None, end: int | None) -> None:
+    if arguments.topic is None and (begin is not None or end is not None):
+        raise UserError("--from and --to belong to --topic: files are read whole")
+    if begin is not None and end is not None and begin >= end:
+        raise UserError("--from should be earlier than --to")
+    if arguments.target_alerts_per_day is not None and not 0 < arguments.target_alerts_per_day < np.inf:
+        raise UserError("--target-alerts-per-day should be greater than 0; a fraction is fine: 0.2 is one in five days")
+    if not 0 < arguments.prior < 1:
+        raise UserError(f"--prior {arguments.prior:g}: a share between 0 and 1 is needed, such as 0.03")
+
+
+def _from_files(arguments: Namespace, settings: Settings, scorer: Scorer) -> Observed:
     normal = read_normal(arguments.normal)
-    for line in normal.files:
+    counts = f"{len(normal.sessions):,} normal sessions, {normal.left_out:,} anomalous ones left out"
+    source = [*normal.files, counts]
+    for line in source:
         console.print(line)
-    console.print(f"{len(normal.sessions):,} normal sessions, {normal.left_out:,} anomalous ones left out")
-    if len(normal.sessions) < blocks_needed(quantile):
+    quantile = settings.calibration.quantile
+    if len(normal.sessions) < blocks_needed(quantile) and arguments.target_alerts_per_day is None:
         raise UserError(
             f"{len(normal.sessions):,} normal sessions are too few for calibration.quantile {quantile:g}: it takes at "
             f"least {blocks_needed(quantile):,}; give more sessions or lower the quantile"
         )
     started = time.monotonic()
-    scorer = Scorer(bundle, settings.calibration.strategy, choose(settings.device))
     with progress_bar("scoring sessions", len(normal.sessions)) as advance:
         scores = block_scores(normal.sessions, scorer, every=settings.scoring.every, report=advance)
     console.print(
         f"{sum(map(len, scores.looks)):,} looks, {scores.distinct:,} distinct windows, "
         f"{time.monotonic() - started:.0f} s"
     )
-    threshold = calibrate(
-        scores.blocks,
-        scorer,
-        quantile=quantile,
-        every=settings.scoring.every,
-        idle_timeout_ms=milliseconds(settings.windows.idle_timeout),
+    per_day = blocks_per_day(len(normal.sessions), normal.spans) if normal.spans else None
+    return Observed(scores.blocks, scores.highest, per_day, source)
+
+
+def _from_topic(topic: str, settings: Settings, scorer: Scorer, begin: int | None, end: int | None) -> Observed:
+    started = time.monotonic()
+    traffic = read_traffic(
+        settings, topic, scorer, begin=begin, end=end, progress=lambda total: progress_bar(f"reading {topic}", total)
     )
-    threshold.save(out)
+    span = f", {_iso(traffic.first)} to {_iso(traffic.last)}" if traffic.first is not None and traffic.last else ""
+    source = [
+        f"topic {topic}: {traffic.messages:,} messages{span}",
+        f"{traffic.dead_letters:,} of them are no events: the consumer makes them dead letters",
+        f"{len(traffic.scores):,} whole blocks",
+        f"left out: {traffic.already_open:,} blocks open when the range began, {traffic.still_open:,} when it ended",
+    ]
+    for line in source:
+        console.print(line)
+    console.print(f"{traffic.looks:,} looks, {traffic.distinct:,} distinct windows, {time.monotonic() - started:.0f} s")
+    if not traffic.scores:
+        raise UserError(
+            f"topic {topic}: no block begins and closes in the range; blocks close with a tombstone or after "
+            "windows.idle_timeout of silence, so take a longer range"
+        )
+    per_day = None
+    if traffic.first is not None and traffic.last is not None:
+        per_day = blocks_per_day(traffic.begun, [(traffic.first, traffic.last)])
+    return Observed(traffic.blocks, traffic.highest, per_day, source)
+
+
+def _failing(paths: Sequence[Path], settings: Settings, scorer: Scorer) -> NDArray[np.float64]:
+    sessions = [session for path in paths for session in read_sessions(path).sessions if session.anomalous is not False]
+    if not sessions:
+        raise UserError("--anomalous: the files hold no such session; check their labels")
+    with progress_bar("scoring failing sessions", len(sessions)) as advance:
+        return block_scores(sessions, scorer, every=settings.scoring.every, report=advance).blocks
+
+
+def _say(threshold: Threshold, left_out: Sequence[str]) -> None:
+    low, high = threshold.certificate.interval
     console.print(
-        f"threshold {threshold.threshold:g} nats ({threshold.strategy}): the {quantile:g} quantile of "
+        f"threshold {threshold.threshold:g} nats ({threshold.strategy}): the {threshold.quantile:g} quantile of "
         f"{threshold.blocks:,} normal blocks"
     )
     console.print(
         f"of a million normal blocks about {threshold.expected_alerts_per_million:,} will alert, "
-        f"on average at most {1e6 * threshold.bound:,.0f}"
+        f"on average at most {1e6 * threshold.bound:,.0f}; with {threshold.certificate.confidence:.0%} confidence "
+        f"{1e6 * low:,.0f} to {1e6 * high:,.0f}"
     )
-    console.print(f"written to {out}, with anomaly_threshold.txt and anomaly_strategy.txt beside it")
+    table = Table(title="alerts from normal blocks")
+    confidence = f"with {threshold.certificate.confidence:.0%} confidence"
+    for heading in ("level", "q", "threshold", "per million", confidence):
+        table.add_column(heading, justify="left" if heading == "level" else "right", no_wrap=True)
+    if threshold.blocks_per_day:
+        console.print(f"{threshold.blocks_per_day:,.0f} normal blocks begin in a day")
+        table.add_column("a day", justify="right", no_wrap=True)
+    for level in threshold.levels:
+        low, high = (1e6 * edge for edge in level.certificate.interval)
+        cells = [level.name, f"{level.quantile:g}", f"{level.threshold:.4f}",
+                 f"{level.expected_alerts_per_million:,}", f"{low:,.0f} to {high:,.0f}"]  # fmt: skip
+        if threshold.blocks_per_day:
+            cells.append(f"{level.expected_alerts_per_million * threshold.blocks_per_day / 1e6:,.1f}")
+        table.add_row(*cells)
+    console.print(table)
+    for reason in left_out:
+        console.print(reason)
+
+
+def _time(option: str, text: str | None) -> int | None:
+    """Return milliseconds since 1970.
+
+    Raises:
+        UserError: the text is no time.
+    """
+    if text is None:
+        return None
+    try:
+        if text.isdecimal():
+            time_ms = int(text)
+        else:
+            moment = datetime.fromisoformat(text)
+            time_ms = round(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() * 1000)
+    except ValueError:
+        time_ms = -1
+    if not 0 <= time_ms <= _LATEST:
+        raise UserError(f"{option} {text}: write a time like 2008-11-10T06:00 (UTC) or milliseconds since 1970")
+    return time_ms
+
+
+def _iso(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 if __name__ == "__main__":

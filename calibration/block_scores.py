@@ -1,20 +1,125 @@
-"""Block scores of whole sessions, through the very windows and scores of the stream."""
+"""Block scores, through the very windows and scores of the stream."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from consumer.events import TOMBSTONE, EventBatch
 from consumer.scores import LookScores
-from consumer.windows import WindowStore
+from consumer.windows import Looks, WindowStore
 from model.scoring import Scorer
 from model.sessions import Session
+from model.vocabulary import BOS, PAD, UNK, Vocabulary
 
-_CACHE = 4_000_000
+CACHE = 4_000_000
+"""Distinct windows whose exact score is remembered."""
+
+HIGHEST = 10
+"""How many of the highest blocks are kept whole, to be shown to people."""
+
 _SESSIONS_AT_A_TIME = 512
 _NEVER = 2**62
+
+
+@dataclass(frozen=True)
+class Block:
+    """A session that is over.
+
+    Attributes:
+        name: block id.
+        looks: the scores of its looks in order; the last one is the closing look.
+        row: (window + 2,) the look with the highest score, as the network sees it; the first of them.
+        unknown: event ids of the UNK tokens in `row`, by place.
+        seen: events of the session up to that look.
+        count: events of the session.
+        first_offset: of the session.
+    """
+
+    name: str
+    looks: list[float]
+    row: NDArray[np.uint16]
+    unknown: Mapping[int, str]
+    seen: int
+    count: int
+    first_offset: int
+
+    @property
+    def score(self) -> float:
+        """The highest score over all looks: the block score."""
+        return max(self.looks)
+
+    def events(self, vocabulary: Vocabulary) -> list[str]:
+        """Return the event ids of `row`, as an alert would name them."""
+        tokens = self.row[(self.row != PAD) & (self.row != BOS)].tolist()
+        return [self.unknown.get(place, vocabulary.name(token)) for place, token in enumerate(tokens, 1)]
+
+
+@dataclass
+class _Open:
+    """The same of a session that is not over."""
+
+    looks: list[float] = field(default_factory=list)
+    best: float = -np.inf
+    row: NDArray[np.uint16] = field(default_factory=lambda: np.empty(0, np.uint16))
+    unknown: Mapping[int, str] = field(default_factory=dict)
+    seen: int = 0
+
+
+class SessionScores:
+    """Exact scores of one partition's sessions, each handed out when it closes.
+
+    Args:
+        scores: of the model, without a threshold.
+        every, idle_timeout: as `WindowStore`. No session is closed to make room: what is not whole says nothing.
+    """
+
+    def __init__(self, scores: LookScores, *, every: int, idle_timeout: int = _NEVER) -> None:
+        self._scores = scores
+        self._store = WindowStore(window=scores.scorer.bundle.window, every=every, idle_timeout=idle_timeout)
+        self._open: dict[int, _Open] = {}
+
+    def take(self, batch: EventBatch) -> Iterator[Block]:
+        """Take in events and yield the sessions that closed; the iterator must be exhausted."""
+        for looks in self._store.apply(batch):
+            facts, scores = looks.facts, self._scores.of(looks)
+            unknown = (looks.rows == UNK).any(axis=1)
+            columns = (facts["slot"], facts["closing"], unknown, scores)
+            for place, (slot, closing, has_unknown, score) in enumerate(
+                zip(*(c.tolist() for c in columns), strict=True)
+            ):
+                session = self._open.setdefault(slot, _Open())
+                session.looks.append(score)
+                if score > session.best:
+                    session.best, session.row = score, looks.rows[place].copy()
+                    session.seen = int(facts["count"][place])
+                    session.unknown = self._names(looks, place) if has_unknown else {}
+                if closing:
+                    del self._open[slot]
+                    yield Block(
+                        name=self._store.block(slot),
+                        looks=session.looks,
+                        row=session.row,
+                        unknown=session.unknown,
+                        seen=session.seen,
+                        count=int(facts["count"][place]),
+                        first_offset=int(facts["first_offset"][place]),
+                    )
+
+    @property
+    def open_blocks(self) -> int:
+        """Number of sessions that are not over."""
+        return self._store.open_blocks
+
+    def open_since(self) -> list[int]:
+        """Return the first offset of each session that is still open."""
+        return [self._store.snapshot(slot).first_offset for slot in self._store.unsaved()]  # none is ever saved here
+
+    def _names(self, looks: Looks, place: int) -> dict[int, str]:
+        names = self._store.unknown(int(looks.facts["slot"][place]))
+        places = np.flatnonzero(looks.rows[place] == UNK).tolist()
+        return {at: names[int(looks.offsets[place, at - 1])] for at in places}
 
 
 @dataclass(frozen=True)
@@ -26,12 +131,14 @@ class BlockScores:
         looks: one (L,) array a session: the scores of its looks in order; the last one is the closing look.
         lengths: (N,) events of the session.
         distinct: distinct windows among all looks.
+        highest: the `HIGHEST` sessions with the highest scores, descending.
     """
 
     blocks: NDArray[np.float64]
     looks: list[NDArray[np.float64]]
     lengths: NDArray[np.int64]
     distinct: int
+    highest: list[Block]
 
 
 def block_scores(
@@ -41,32 +148,44 @@ def block_scores(
 
     `report` is told, now and then, how many more sessions are done.
     """
-    store = WindowStore(window=scorer.bundle.window, every=every, idle_timeout=_NEVER)
-    scores = LookScores(scorer, None, _CACHE)
+    scores = LookScores(scorer, None, CACHE)
+    judge = SessionScores(scores, every=every)
     looks: list[NDArray[np.float64]] = []
+    highest: list[Block] = []
     for first in range(0, len(sessions), _SESSIONS_AT_A_TIME):
         some = sessions[first : first + _SESSIONS_AT_A_TIME]
-        parts = [(portion.facts["first_offset"].copy(), scores.of(portion))
-                 for portion in store.apply(_events(some, scorer))]  # fmt: skip
-        owner, value = (np.concatenate(column) for column in zip(*parts, strict=True))
-        cuts = np.flatnonzero(np.diff(owner)) + 1
-        looks.extend(np.split(value, cuts))
+        for session, block in zip(some, judge.take(_events(some, scorer.bundle.vocabulary)), strict=True):
+            looks.append(np.array(block.looks))
+            keep_highest(highest, replace(block, name=session.block_id))
         report(len(some))
     return BlockScores(
         blocks=np.array([session.max() for session in looks]),
         looks=looks,
         lengths=np.array([len(session.events) for session in sessions]),
         distinct=scores.scored,
+        highest=highest,
     )
 
 
-def _events(sessions: Sequence[Session], scorer: Scorer) -> EventBatch:
+def keep_highest(highest: list[Block], block: Block) -> None:
+    """Put `block` into its place among the highest, if it belongs there; of equals the first ones stay."""
+    if len(highest) < HIGHEST or block.score > highest[-1].score:
+        highest.append(block)
+        highest.sort(key=lambda item: -item.score)
+        del highest[HIGHEST:]
+
+
+def _events(sessions: Sequence[Session], vocabulary: Vocabulary) -> EventBatch:
     """Lay sessions end to end. Blocks are numbered afresh: two sessions may bear one name."""
     batch = EventBatch()
     for number, session in enumerate(sessions):
-        tokens = [*scorer.bundle.vocabulary.encode(session.events), TOMBSTONE]
-        batch.blocks.extend([str(number)] * len(tokens))
-        batch.tokens.extend(tokens)
+        tokens = vocabulary.encode(session.events)
+        for event, token in zip(session.events, tokens, strict=True):
+            if token == UNK:
+                batch.unknown[len(batch.tokens)] = event
+            batch.tokens.append(token)
+        batch.tokens.append(TOMBSTONE)
+        batch.blocks.extend([str(number)] * (len(tokens) + 1))
     batch.times = [0] * len(batch.blocks)
     batch.offsets = list(range(len(batch.blocks)))
     return batch

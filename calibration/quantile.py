@@ -20,9 +20,16 @@ class Quantile:
     """
 
     value: float
-    bound: float
+    n: int
+    rank: int
+    """`value` is the rank-th smallest."""
     above: int
-    """Calibration scores strictly greater than `value`."""
+    """Calibration scores strictly greater than `value`: n - rank, or fewer with ties."""
+
+    @property
+    def bound(self) -> float:
+        """Largest probability of a greater score."""
+        return float(Fraction(self.n + 1 - self.rank, self.n + 1))
 
 
 def conformal_quantile(scores: NDArray[np.float64], q: float) -> Quantile:
@@ -40,7 +47,7 @@ def conformal_quantile(scores: NDArray[np.float64], q: float) -> Quantile:
             "give more normal sessions or lower calibration.quantile"
         )
     value = float(np.partition(scores, rank - 1)[rank - 1])
-    return Quantile(value, float(Fraction(n + 1 - rank, n + 1)), int((scores > value).sum()))
+    return Quantile(value, n, rank, int((scores > value).sum()))
 
 
 def blocks_needed(q: float) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Expected(msgspec.Struct, frozen=True):
@@ -55,6 +55,7 @@ class Alert(msgspec.Struct, frozen=True):
     revision: int
     block_id: str
     reason: Literal["event", "truncated"]
+    severity: str
     score: float
     threshold: float
     strategy: str

@@ -169,7 +169,8 @@ class Detector:
             if hot[place] and (before is None or scores[place] > before.score):
                 why = self._scores.explain(looks, place)
                 position = _position(looks, place, why)
-                if before is None or position != before.position:
+                graver = before is not None and self._threshold.rank(why.score) > self._threshold.rank(before.score)
+                if before is None or position != before.position or graver:
                     revision = before.revision + 1 if before else 1
                     partition.alerted[slot] = Alerted(revision, why.score, position)
                     partition.news.add(slot)
@@ -190,6 +191,7 @@ class Detector:
             revision=revision,
             block_id=block,
             reason="truncated" if truncated else "event",
+            severity=self._threshold.levels[self._threshold.rank(why.score) - 1].name,
             score=why.score,
             threshold=self._threshold.threshold,
             strategy=self._threshold.strategy,

@@ -139,12 +139,27 @@ class WindowSettings(Section):
     max_ahead: Duration = timedelta(hours=1)
 
 
+BASE_LEVEL = "minor"
+"""Severity of a score above the threshold and above no further level."""
+
+LevelName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,32}$")]
+
+
 class CalibrationSettings(Section):
     """`calibration:` — where normal ends."""
 
     path: Annotated[Path, Field(strict=False)] = Path("artifacts/threshold.json")
     strategy: Strategy = "max"
     quantile: float = Field(default=0.95, gt=0, lt=1)
+    levels: dict[LevelName, Annotated[float, Field(gt=0, lt=1)]] = Field(default={"major": 0.99, "critical": 0.999})
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "CalibrationSettings":
+        if BASE_LEVEL in self.levels:
+            raise ValueError(f"{BASE_LEVEL} is the level of calibration.quantile; give this one another name")
+        if len(set(self.levels.values())) < len(self.levels):
+            raise ValueError("two levels have the same quantile; remove one of them")
+        return self
 
 
 class CommitSettings(Section):

@@ -5,16 +5,51 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, get_args
 
+import msgspec
+
+from consumer.settings import BASE_LEVEL
 from model.bundle import Bundle
 from model.config import Strategy
 from model.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Version of threshold.json."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a threshold promises about normal blocks, and how sure that is; see `calibration.certificate`.
+
+    Attributes:
+        n: calibration blocks.
+        q: share of normal blocks that must stay silent.
+        bound: upper bound on the probability that a normal block exceeds the threshold, over all calibrations.
+        confidence: probability that `interval` is right.
+        interval: lowest and highest probability that a normal block exceeds this very threshold.
+    """
+
+    n: int
+    q: float
+    bound: float
+    confidence: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A severity: alerts whose score is strictly greater than `threshold`, in nats, have it or a higher one.
+
+    Of a million normal blocks `expected_alerts_per_million` exceed it, by the calibration blocks above it.
+    """
+
+    name: str
+    quantile: float
+    threshold: float
+    expected_alerts_per_million: int
+    certificate: Certificate
 
 
 @dataclass(frozen=True)
@@ -22,12 +57,10 @@ class Threshold:
     """Where normal ends, and under which conditions that was measured.
 
     Attributes:
-        threshold: in nats; a look alerts when its score is strictly greater.
         strategy: how a window's surprisals become its score.
-        quantile: share of normal blocks that must stay silent.
-        bound: upper bound on the probability that a normal block alerts.
+        levels: severities, ascending; a look alerts when its score exceeds the first one, `BASE_LEVEL`.
         blocks: number of calibration blocks.
-        expected_alerts_per_million: normal blocks, by the calibration blocks above the threshold.
+        blocks_per_day: normal blocks that began in a day of the calibration traffic; None where it has no times.
         window: events that a look shows.
         every: a look after every so many events.
         idle_timeout_ms: event time after which a silent block closes.
@@ -37,12 +70,10 @@ class Threshold:
         counts: calibration blocks with each of `scores`.
     """
 
-    threshold: float
     strategy: Strategy
-    quantile: float
-    bound: float
+    levels: tuple[Level, ...]
     blocks: int
-    expected_alerts_per_million: int
+    blocks_per_day: float | None
     window: int
     every: int
     idle_timeout_ms: int
@@ -50,6 +81,39 @@ class Threshold:
     score_quantiles: Mapping[str, float]
     scores: tuple[float, ...]
     counts: tuple[int, ...]
+
+    @property
+    def threshold(self) -> float:
+        """In nats; a look alerts when its score is strictly greater."""
+        return self.levels[0].threshold
+
+    @property
+    def quantile(self) -> float:
+        """Share of normal blocks that must stay silent."""
+        return self.levels[0].quantile
+
+    @property
+    def bound(self) -> float:
+        """Upper bound on the probability that a normal block alerts."""
+        return self.certificate.bound
+
+    @property
+    def certificate(self) -> Certificate:
+        """What is promised about normal blocks that alert at all."""
+        return self.levels[0].certificate
+
+    @property
+    def expected_alerts_per_million(self) -> int:
+        """Normal blocks, by the calibration blocks above the threshold."""
+        return self.levels[0].expected_alerts_per_million
+
+    @cached_property
+    def _limits(self) -> list[float]:
+        return [level.threshold for level in self.levels]
+
+    def rank(self, score: float) -> int:
+        """Return how many levels a score exceeds: 0 is no alert, above that `levels[rank - 1]` is its severity."""
+        return bisect_left(self._limits, score)
 
     @cached_property
     def _at_most(self) -> list[int]:
@@ -86,7 +150,7 @@ class Threshold:
         Raises:
             UserError: the folder cannot be written.
         """
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+        text = json.dumps({"format": FORMAT, **_base(self.levels[0]), **asdict(self)}, indent=2)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for target, content in (
@@ -109,18 +173,36 @@ class Threshold:
         """
         again = f"make one with: python -m calibration --normal FILE --out {path}"
         try:
-            raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            understood = raw.pop("format") == FORMAT and raw["strategy"] in get_args(Strategy)
-            threshold = cls(**{**raw, "scores": tuple(raw["scores"]), "counts": tuple(raw["counts"])})
-            intact = (
-                understood
-                and sum(threshold.counts) == threshold.blocks
-                and len(threshold.scores) == len(threshold.counts)
-            )
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            understood = raw["format"] == FORMAT
+            threshold = msgspec.convert(raw, cls)
         except FileNotFoundError:
             raise UserError(f"{path}: no threshold there; {again}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not a threshold file of this version; {again}") from None
-        if not intact:
+        if not (understood and threshold.is_sound and raw.items() >= _base(threshold.levels[0]).items()):
             raise UserError(f"{path}: the threshold file is damaged or of another version; {again}")
         return threshold
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the parts agree with each other."""
+        return (
+            bool(self.levels)
+            and self.levels[0].name == BASE_LEVEL
+            and all(low.quantile < high.quantile and low.threshold <= high.threshold
+                    for low, high in pairwise(self.levels))
+            and sum(self.counts) == self.blocks
+            and len(self.scores) == len(self.counts)
+        )  # fmt: skip
+
+
+def _base(level: Level) -> dict[str, object]:
+    """Return what the file repeats of the base level, for readers who want one threshold only."""
+    return {
+        "threshold": level.threshold,
+        "quantile": level.quantile,
+        "bound": level.certificate.bound,
+        "expected_alerts_per_million": level.expected_alerts_per_million,
+        "certificate": {**asdict(level.certificate), "interval": list(level.certificate.interval)},
+    }

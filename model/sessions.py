@@ -6,7 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from io import BufferedReader, TextIOWrapper
 from itertools import chain
@@ -55,12 +55,18 @@ class Event:
 
 @dataclass(frozen=True)
 class SessionFile:
-    """A file as it was understood. `labels` names the file beside it that the labels came from, if any."""
+    """A file as it was understood.
+
+    Attributes:
+        labels: the file beside it that the labels came from, if any.
+        span: first and last event time in milliseconds since 1970; None where the file holds no times.
+    """
 
     path: Path
     format: str
     sessions: list[Session]
     labels: Path | None
+    span: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         summary = f"{self.path}: {self.format}, {len(self.sessions):,} sessions"
@@ -73,11 +79,15 @@ class SessionFile:
 
 @dataclass(frozen=True)
 class NormalSessions:
-    """The sessions of several files that no label calls anomalous; `files` describes what was read."""
+    """The sessions of several files that no label calls anomalous.
+
+    `files` describes what was read; `spans` are those of the files, None where one of them holds no times.
+    """
 
     sessions: list[Session]
     left_out: int
     files: list[str]
+    spans: list[tuple[int, int]] | None
 
 
 class _Line(msgspec.Struct, gc=False):
@@ -95,7 +105,8 @@ def read_sessions(path: Path) -> SessionFile:
     Raises:
         UserError: the file cannot be read or understood; the message names the line.
     """
-    return _labelled(path, *_parse(path))
+    kind, sessions, span = _parse(path)
+    return replace(_labelled(path, kind, sessions), span=span)
 
 
 def read_normal(paths: Sequence[Path]) -> NormalSessions:
@@ -106,6 +117,7 @@ def read_normal(paths: Sequence[Path]) -> NormalSessions:
     """
     normal: list[Session] = []
     files = []
+    spans = []
     left_out = 0
     for path in paths:
         file = read_sessions(path)
@@ -113,7 +125,9 @@ def read_normal(paths: Sequence[Path]) -> NormalSessions:
         left_out += len(file.sessions) - len(kept)
         normal.extend(kept)
         files.append(str(file))
-    return NormalSessions(normal, left_out, files)
+        if file.span:
+            spans.append(file.span)
+    return NormalSessions(normal, left_out, files, spans if len(spans) == len(files) else None)
 
 
 def read_events(path: Path) -> Iterator[Event]:
@@ -160,19 +174,21 @@ def read_labels(path: Path) -> dict[str, bool]:
         return {row[block]: _anomalous(path, number, row[label]) for number, row in rows}
 
 
-def _parse(path: Path) -> tuple[str, list[Session]]:
-    """Return what the file is, for people, and the sessions as it tells them."""
+def _parse(path: Path) -> tuple[str, list[Session], tuple[int, int] | None]:
+    """Return what the file is, for people, the sessions as it tells them, and the time that they span."""
     with _opened(path) as lines:
         first, rest = _begin(path, lines)
         if first.startswith("{"):
-            return _JSONL, [_session(path, number, line) for number, line in enumerate(rest, 1) if line.strip()]
+            return _JSONL, [_session(path, number, line) for number, line in enumerate(rest, 1) if line.strip()], None
         header, rows = _table(path, rest)
         if _is_traces(path, header):
-            return "Event_traces CSV", list(_traces(path, header, rows))
+            return "Event_traces CSV", list(_traces(path, header, rows)), None
         events: dict[str, list[str]] = {}
-        for _, block, event in _csv_events(path, header, rows):
+        begin, end = _LATEST, 0
+        for time, block, event in _csv_events(path, header, rows):
+            begin, end = min(begin, time), max(end, time)
             events.setdefault(block, []).append(intern(event))
-        return "event CSV", [Session(block, tuple(ids)) for block, ids in events.items()]
+        return "event CSV", [Session(block, tuple(ids)) for block, ids in events.items()], (begin, end)
 
 
 def _session(path: Path, number: int, line: str) -> Session:

@@ -17,6 +17,9 @@ from model.errors import UserError
 
 _SHOWN = 200
 
+_COLOURS = {"minor": "yellow", "major": "dark_orange", "critical": "bold red"}
+_OTHER_COLOUR = "magenta"
+
 
 def main() -> None:
     """Print the alerts that are there; with --follow also those to come."""
@@ -43,16 +46,16 @@ def _print(settings: Settings, arguments: Namespace) -> None:
     else:
         alerts = [_decode(value) for value in values]
         table = Table(title=f"{len(alerts):,} alerts in {settings.topics.alerts}")
-        for heading, wide in (
-            ("time", 19),
-            ("block", 12),
-            ("score > threshold", 9),
-            ("what happened, and what was expected", 30),
+        for heading, most in (
+            ("time", 10),
+            ("block", 24),
+            ("severity, score", 15),
+            ("what happened, what was expected", None),
         ):
-            table.add_column(heading, min_width=wide, overflow="fold")
+            table.add_column(heading, max_width=most, overflow="fold")
         for alert in alerts[-arguments.last :] if arguments.last > 0 else ():
-            *facts, what, expected = _cells(alert)
-            table.add_row(*facts, f"{what}\n[dim]expected {expected}[/]")
+            when, severity, block, score, what, expected = _cells(alert)
+            table.add_row(when, block, f"{severity}\n{score}", f"{what}\n[dim]expected {expected}[/]")
         console.print(table)
         if len(alerts) > arguments.last:
             errors.print(f"the last {arguments.last:,} are shown; --last N shows more, --json all")
@@ -138,20 +141,21 @@ def _cells(alert: Alert) -> tuple[str, ...]:
     else:
         template = f": {offender.template}" if offender.template else ""
         what = f"event {offender.position} is {offender.event_id}{template}"
-    cells = (
+    when, *cells = (
         alert.last_event_time.replace("T", " ").removesuffix(".000Z").removesuffix("Z"),
         alert.block_id + revision,
         f"{alert.score:.2f} > {alert.threshold:.2f}",
         what,
         expected,
     )
-    return tuple(map(escape, cells))
+    colour = _COLOURS.get(alert.severity, _OTHER_COLOUR)
+    return escape(when), f"[{colour}]{escape(alert.severity)}[/]", *map(escape, cells)
 
 
 def one_line(alert: Alert) -> str:
     """Return the alert as a line of rich markup."""
-    when, block, score, what, expected = _cells(alert)
-    return f"{when}  [bold]{block}[/]  [red]{score}[/]  {what}  [dim]expected {expected}[/]"
+    when, severity, block, score, what, expected = _cells(alert)
+    return f"{when}  {severity}  [bold]{block}[/]  {score}  {what}  [dim]expected {expected}[/]"
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from rich.table import Table
 
 from consumer.alerts import Alert
 from consumer.detector import Detector
 from consumer.events import Decoder, EventBatch, Undecodable
+from consumer.history import TopicHistory
 from consumer.settings import Settings, load_settings, milliseconds
 from consumer.threshold import Threshold
 from consumer.topics import require_topic
@@ -27,8 +28,6 @@ from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
 from scripts.alerts import read_alerts
-
-_BATCH = 10_000
 
 Key = tuple[str, int]
 """Alert id and revision: what makes an alert one."""
@@ -86,10 +85,13 @@ def verify(settings: Settings) -> Comparison:
     decoder = Decoder(settings.events, bundle.vocabulary.tokens, milliseconds(settings.windows.max_ahead))
     committed = _committed(settings)
     expected: dict[Key, bytes] = {}
-    with progress_bar("reading the events again", sum(committed.values())) as advance:
+    with (
+        TopicHistory(settings, settings.topics.events) as history,
+        progress_bar("reading the events again", sum(committed.values())) as advance,
+    ):
         for partition, end in committed.items():
             detector.assign(partition)
-            for messages in _messages(settings, partition, end):
+            for messages in history.read(partition, 0, end):
                 batch = EventBatch()
                 for message in messages:
                     _decode(decoder, message, batch)
@@ -148,38 +150,6 @@ def _committed(settings: Settings) -> dict[int, int]:
     finally:
         consumer.close()
     return found
-
-
-def _messages(settings: Settings, partition: int, end: int) -> Iterator[list[Message]]:
-    """Yield the messages of a partition up to the offset `end`."""
-    topic = settings.topics.events
-    consumer = Consumer(
-        settings.kafka.for_consumer()
-        | {
-            "isolation.level": "read_committed",
-            "enable.auto.commit": False,
-            "enable.partition.eof": True,
-            "log_level": 3,
-        }
-    )
-    try:
-        consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
-        position = 0
-        while position < end:
-            messages = []
-            for message in consumer.consume(_BATCH, 0.5):
-                error = message.error()
-                if error is None:
-                    position = message.offset() + 1
-                    if position <= end:
-                        messages.append(message)
-                elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own
-                    position = end
-                elif not error.retriable():
-                    raise UserError(f"{topic}: {error.str()}")
-            yield messages
-    finally:
-        consumer.close()
 
 
 if __name__ == "__main__":

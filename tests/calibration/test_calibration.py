@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.block_scores import block_scores
-from calibration.calibrate import calibrate
+from calibration.calibrate import calibrate, usable_levels
 from calibration.quantile import blocks_needed, conformal_quantile
 from consumer.threshold import Threshold
 from model.bundle import Bundle
@@ -91,11 +91,37 @@ def threshold(scorer):
     return calibrate(values, scorer, quantile=0.8, every=2, idle_timeout_ms=1000)
 
 
+def test_levels_are_thresholds_of_their_own(scorer):
+    values = np.arange(1000.0)
+    found = calibrate(
+        values, scorer, quantile=0.9, every=1, idle_timeout_ms=1, levels={"critical": 0.999, "major": 0.99}
+    )
+    assert [(level.name, level.threshold) for level in found.levels] == [
+        ("minor", conformal_quantile(values, 0.9).value),
+        ("major", conformal_quantile(values, 0.99).value),
+        ("critical", conformal_quantile(values, 0.999).value),
+    ]
+    assert [level.certificate.q for level in found.levels] == [0.9, 0.99, 0.999]
+    assert [level.expected_alerts_per_million for level in found.levels] == [99_000, 9_000, 0]
+    minor, major, critical = (level.threshold for level in found.levels)
+    ranks = [(minor, 0), (minor + 0.1, 1), (major, 1), (major + 0.1, 2), (critical, 2), (critical + 0.1, 3)]
+    assert [found.rank(score) for score, _ in ranks] == [rank for _, rank in ranks]
+
+
+def test_levels_without_enough_blocks_or_below_the_quantile_are_left_out_and_named():
+    usable, reasons = usable_levels({"low": 0.95, "major": 0.99, "critical": 0.999}, 0.95, 200)
+    assert usable == {"major": 0.99}
+    assert "low" in reasons[0]
+    assert "not above 0.95" in reasons[0]
+    assert "critical" in reasons[1]
+    assert "999" in reasons[1]
+
+
 def test_a_threshold_says_what_it_rests_on(threshold, scorer):
     assert threshold.threshold == 3.0
     assert (threshold.blocks, threshold.window, threshold.every) == (5, 4, 2)
     assert threshold.model == scorer.bundle.fingerprint
-    assert threshold.bound == pytest.approx(1 / 6)
+    assert threshold.bound == threshold.certificate.bound == pytest.approx(1 / 6)
     assert threshold.expected_alerts_per_million == 0
     assert (threshold.scores, threshold.counts) == ((0.5, 1.0, 2.0, 3.0), (1, 2, 1, 1))
 
@@ -124,6 +150,29 @@ def test_a_threshold_made_under_other_settings_is_refused(threshold, scorer, tmp
     threshold.check(scorer.bundle, every=2, idle_timeout_ms=1000, path=tmp_path)
 
 
+def test_a_file_of_format_1_is_refused_in_a_sentence(threshold, tmp_path):
+    path = tmp_path / "threshold.json"
+    threshold.save(path)
+    old = json.loads(path.read_text()) | {"format": 1}
+    for name in ("levels", "certificate", "blocks_per_day"):
+        del old[name]
+    path.write_text(json.dumps(old))
+    with pytest.raises(UserError, match="not a threshold file of this version; make one with: python -m calibration"):
+        Threshold.load(path)
+
+
+def test_the_file_repeats_the_base_level_for_simple_readers(threshold, tmp_path):
+    path = tmp_path / "threshold.json"
+    threshold.save(path)
+    raw = json.loads(path.read_text())
+    (minor,) = raw["levels"]
+    assert minor["name"] == "minor"
+    for name in ("threshold", "quantile", "certificate", "expected_alerts_per_million"):
+        assert raw[name] == minor[name]
+    assert set(raw["certificate"]) == {"n", "q", "bound", "confidence", "interval"}
+    assert raw["bound"] == raw["certificate"]["bound"]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 9}', '"x"'])
 def test_what_is_no_threshold_file_is_refused(tmp_path, text):
     path = tmp_path / "threshold.json"
@@ -135,8 +184,10 @@ def test_what_is_no_threshold_file_is_refused(tmp_path, text):
 def test_a_changed_threshold_file_is_refused(threshold, tmp_path):
     path = tmp_path / "threshold.json"
     threshold.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"counts": [1, 1, 1, 1]}))
-    with pytest.raises(UserError, match="damaged"):
-        Threshold.load(path)
+    whole = json.loads(path.read_text())
+    for change in ({"counts": [1, 1, 1, 1]}, {"threshold": 2.0}, {"levels": []}, {"certificate": None}):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match="damaged"):
+            Threshold.load(path)
     with pytest.raises(UserError, match="no threshold there"):
         Threshold.load(tmp_path / "none.json")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from consumer.threshold import Threshold
+from consumer.threshold import Certificate, Level, Threshold
 from model.bundle import Bundle
 from model.network import Autoencoder, Shape
 from model.scoring import Scorer
@@ -28,11 +28,17 @@ def scorer(bundle):
 
 @pytest.fixture(scope="session")
 def make_threshold(bundle):
-    def make(value, *, every=1, idle_timeout_ms=1000):
+    def make(value, *, every=1, idle_timeout_ms=1000, **above):
+        """`above`: the thresholds of further levels by name, ascending."""
+        quantiles = [0.5 + 0.1 * place for place in range(1 + len(above))]
         return Threshold(
-            threshold=value, strategy="max", quantile=0.5, bound=0.5, blocks=4, expected_alerts_per_million=500_000,
-            window=WINDOW, every=every, idle_timeout_ms=idle_timeout_ms, model=bundle.fingerprint,
-            score_quantiles={}, scores=(0.5, 1.0, 2.0), counts=(1, 2, 1),
+            strategy="max",
+            levels=tuple(
+                Level(name, q, limit, 500_000, Certificate(4, q, 1 - q, 0.95, (0.1, 0.9)))
+                for q, (name, limit) in zip(quantiles, {"minor": value, **above}.items(), strict=True)
+            ),
+            blocks=4, blocks_per_day=None, window=WINDOW, every=every, idle_timeout_ms=idle_timeout_ms,
+            model=bundle.fingerprint, score_quantiles={}, scores=(0.5, 1.0, 2.0), counts=(1, 2, 1),
         )  # fmt: skip
 
     return make

@@ -72,11 +72,12 @@ def test_batch_cuts_and_cache_size_change_no_byte_of_any_alert(scorer, make_thre
 
 
 @settings(max_examples=60, deadline=None)
-@given(stream, st.floats(0, 3))
-def test_alerts_are_those_of_a_plain_reading_of_the_rules(scorer, make_threshold, events, limit):
+@given(stream, st.floats(0, 3), st.floats(0, 1), st.floats(0, 1))
+def test_alerts_are_those_of_a_plain_reading_of_the_rules(scorer, make_threshold, events, limit, major, critical):
     """One look at a time, scored alone: nothing shared with the detector but the network."""
-    threshold = make_threshold(limit, idle_timeout_ms=10**6)
-    found = [(alert.block_id, alert.revision, alert.offender.position, alert.score, alert.reason)
+    levels = {"minor": limit, "major": limit + major, "critical": limit + major + critical}
+    threshold = make_threshold(levels["minor"], idle_timeout_ms=10**6, **dict(list(levels.items())[1:]))
+    found = [(alert.block_id, alert.revision, alert.offender.position, alert.score, alert.severity, alert.reason)
              for alert in run(scorer, threshold, events)]  # fmt: skip
     vocabulary, window = scorer.bundle.vocabulary, scorer.bundle.window
     sessions, said, expected = {}, {}, []
@@ -89,11 +90,12 @@ def test_alerts_are_those_of_a_plain_reading_of_the_rules(scorer, make_threshold
         shown = tokens[-window:]
         why = scorer.explain(_row(shown, window, closing=name is None))
         position = len(tokens) - len(shown) + why.offender + 1
-        revision, score, where = said.get(block, (0, limit, None))
-        if why.score > score and position != where:
-            said[block] = (revision + 1, why.score, position)
+        exceeded = [level for level, least in levels.items() if why.score > least]
+        revision, score, where, gravity = said.get(block, (0, limit, None, 0))
+        if why.score > score and (position != where or len(exceeded) > gravity):
+            said[block] = (revision + 1, why.score, position, len(exceeded))
             reason = "truncated" if name is None and why.offender == len(shown) else "event"
-            expected.append((block, revision + 1, position, why.score, reason))
+            expected.append((block, revision + 1, position, why.score, exceeded[-1], reason))
         if name is None:
             sessions.pop(block)
             said.pop(block, None)
@@ -146,6 +148,28 @@ def test_a_block_cut_short_is_truncated(scorer, make_threshold):
     assert alert.offender.position == 2
     assert alert.offender.offset == 0
     assert [event.event_id for event in alert.window] == ["a", "<END>"]
+
+
+def test_the_same_event_alerts_again_only_when_it_becomes_graver(scorer, make_threshold):
+    """Later events may make an earlier one more surprising: that is news when it crosses a level."""
+    events = [("X", name, 0) for name in ("never seen", "a", "b", "c")]
+    looks = [scorer.explain(_row([UNK, 4, 5, 6][:seen], 6, closing=False)) for seen in range(1, 5)]
+    assert [why.offender for why in looks] == [0] * 4
+    scores = [why.score for why in looks]
+    graver = max(range(1, 4), key=scores.__getitem__)
+    assert scores[graver] > scores[0], "the example has to rise"
+    between = (scores[0] + scores[graver]) / 2
+    assert [alert.severity for alert in run(scorer, make_threshold(0.0), events)] == ["minor"]
+    first, *others = run(scorer, make_threshold(0.0, major=between, critical=100.0), events)
+    (second,) = others
+    assert (first.severity, second.severity) == ("minor", "major")
+    assert (first.revision, second.revision) == (1, 2)
+    assert first.offender.position == second.offender.position == 1
+
+
+def test_equal_thresholds_give_the_highest_severity(scorer, make_threshold):
+    (alert,) = run(scorer, make_threshold(0.0, major=0.0), [("X", "a", 0)])
+    assert alert.severity == "major"
 
 
 def test_a_new_session_of_a_block_has_an_alert_of_its_own(scorer, make_threshold):

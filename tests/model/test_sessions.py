@@ -357,3 +357,12 @@ def test_every_real_event_has_a_template(replay):
 def test_normal_leaves_the_anomalous_blocks_of_the_real_replay_out():
     normal = read_normal([HDFS / "replay" / "events.csv.gz", HDFS / "train_normal.jsonl"])
     assert (len(normal.sessions), normal.left_out) == (11_501 - 350 + 5_000, 350)
+
+
+def test_only_event_files_know_the_time_that_they_span(give):
+    first, last = 1226262930000, 1226262931000
+    events = give(EVENTS, "events.csv")
+    assert read_sessions(events).span == (first, last)
+    assert read_sessions(give(TRACES, "traces.csv")).span is None
+    assert read_normal([events, events]).spans == [(first, last)] * 2
+    assert read_normal([events, give(TRACES, "traces.csv")]).spans is None, "half a rate is no rate"

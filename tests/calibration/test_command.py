@@ -1,0 +1,95 @@
+"""`python -m calibration` on files: what is said, what is written, and each mistake in one sentence."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from calibration.__main__ import main
+from model.bundle import Bundle
+from model.cli import run as command
+from model.network import Autoencoder, Shape
+from model.vocabulary import Vocabulary
+from scripts.simulator import simulate, write
+from scripts.systems import HDFS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Simulated healthy blocks with and without times, failing ones, and an untrained model."""
+    folder = tmp_path_factory.mktemp("calibration")
+    write(simulate(400, 0.0, 3), HDFS, folder)
+    write(simulate(60, 1.0, 4), HDFS, folder / "failing")
+    vocabulary = Vocabulary.of(session.events for session in simulate(50, 0.0, 5).sessions())
+    Bundle(Autoencoder(Shape(len(vocabulary), 50, 16, 2, 1, 16)).eval(), vocabulary).save(folder / "model")
+    settings = {
+        "device": "cpu",
+        "model": {"path": str(folder / "model")},
+        "calibration": {"path": str(folder / "out" / "threshold.json")},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def run(folder, *options):
+    return subprocess.run(
+        [sys.executable, "-m", "calibration", "--config", str(folder / "config.yaml"), *map(str, options)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_file_with_times_gives_alerts_a_day_levels_and_a_report(folder):
+    done = run(folder, "--normal", folder / "events.csv.gz", "--anomalous", folder / "failing" / "sessions.jsonl")
+    assert done.returncode == 0, done.stderr
+    raw = json.loads((folder / "out" / "threshold.json").read_text())
+    assert [level["name"] for level in raw["levels"]] == ["minor", "major"]
+    assert "level critical is left out: 0.999 takes at least 999 normal blocks" in done.stdout
+    assert f"{raw['blocks_per_day']:,.0f} normal blocks begin in a day" in done.stdout
+    daily = raw["expected_alerts_per_million"] * raw["blocks_per_day"] / 1e6
+    assert re.search(rf"minor .* {daily:,.1f} │", done.stdout)
+    assert (folder / "out" / "calibration_report.html").is_file()
+    assert len(list((folder / "out" / "calibration_report").iterdir())) == 4
+
+
+def test_a_target_chooses_the_quantile(folder):
+    normal = folder / "events.csv.gz"
+    out = folder / "target" / "threshold.json"
+    run(folder, "--normal", normal, "--out", out, "--no-report")
+    per_day = json.loads(out.read_text())["blocks_per_day"]
+    target = per_day / 50
+    done = run(folder, "--normal", normal, "--out", out, "--no-report", "--target-alerts-per-day", target)
+    assert done.returncode == 0, done.stderr
+    raw = json.loads(out.read_text())
+    assert raw["quantile"] == pytest.approx(0.98, abs=1e-5)
+    assert raw["bound"] * per_day <= target
+    assert not out.with_name("calibration_report.html").exists()
+    done = run(folder, "--normal", normal, "--target-alerts-per-day", per_day / 1000)
+    assert re.search("takes at least (999|1,000) calibration blocks, and there are 400", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--normal", "sessions.jsonl", "--target-alerts-per-day", "5"], "give an event CSV with its timestamps"),
+        (["--normal", "sessions.jsonl", "--from", "2024-01-01"], "--from and --to belong to --topic"),
+        (["--topic", "--from", "2024-01-02", "--to", "2024-01-01"], "--from should be earlier than --to"),
+        (["--topic", "--from", "yesterday"], "--from yesterday: write a time like"),
+        (["--topic", "--target-alerts-per-day", "0"], "should be greater than 0"),
+        (["--normal", "sessions.jsonl", "--prior", "2"], "a share between 0 and 1"),
+        (["--normal", "sessions.jsonl", "--topic"], "not allowed with argument"),
+        ([], "one of the arguments --normal --topic is required"),
+    ],
+)
+def test_mistakes_are_one_sentence(folder, options, said, monkeypatch, capsys):
+    options = [folder / option if option.endswith(".jsonl") else option for option in options]
+    monkeypatch.setattr(sys, "argv", ["calibration", *map(str, ["--config", folder / "config.yaml", *options])])
+    with pytest.raises(SystemExit) as ended:
+        command(main)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err

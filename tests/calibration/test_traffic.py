@@ -1,0 +1,155 @@
+"""Sessions of a time range against a plain reading of the rules, and the scores against those of --normal."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibration.block_scores import CACHE, block_scores
+from calibration.traffic import PartitionTraffic, Traffic
+from consumer.events import Decoder
+from consumer.scores import LookScores
+from consumer.settings import EventSettings
+from model.bundle import Bundle
+from model.network import Autoencoder, Shape
+from model.scoring import Scorer
+from model.sessions import Session
+from model.vocabulary import Vocabulary
+
+IDLE = 1000
+LATER = 10**12
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    torch.manual_seed(5)
+    vocabulary = Vocabulary(tuple("abc"))
+    return Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 4, 16, 2, 1, 16)).eval(), vocabulary))
+
+
+def records_of(stream, first_offset=0):
+    """`stream`: (block, event, time); event None is a tombstone, block None garbage."""
+    records = []
+    for offset, (block, event, time) in enumerate(stream, first_offset):
+        if block is None:
+            records.append((None, b"garbage", offset, LATER))
+        elif event is None:
+            records.append((block.encode(), None, offset, LATER))
+        else:
+            value = json.dumps({"block_id": block, "event_id": event, "timestamp": time}).encode()
+            records.append((block.encode(), value, offset, LATER))
+    return records
+
+
+def read(scorer, stream, *, begin=None, end=None, every=1, cut=False, cuts=(), first_offset=0):
+    traffic = Traffic()
+    part = PartitionTraffic(
+        traffic, Decoder(EventSettings(), scorer.bundle.vocabulary.tokens), LookScores(scorer, None, CACHE),
+        begin=begin, end=end, every=every, idle_timeout=IDLE, cut=cut,
+    )  # fmt: skip
+    records = records_of(stream, first_offset)
+    edges = [0, *sorted({edge % (len(records) + 1) for edge in cuts}), len(records)]
+    for start, stop in itertools.pairwise(edges):
+        if not part.is_over:
+            part.take(records[start:stop])
+    part.close()
+    return traffic
+
+
+class Plain:
+    """The rules, read plainly: whole sessions' events, how many were open at the beginning and at the end."""
+
+    def __init__(self, stream, *, begin, end, cut):
+        self.opened, self.whole, self.already_open = {}, [], 0
+        self.began = begin is None and not cut
+        events = [item for item in stream if item[0] is not None]
+        if cut:
+            first = next((time for _, event, time in events if event is not None), 0)
+            begin = max(begin or 0, first + IDLE + 1)
+        watermark, over = -1, False
+        for block, event, time in events:
+            if event is None:
+                self.finish(block)
+                continue
+            watermark = max(watermark, time)
+            if end is not None and watermark >= end:
+                over = True
+                break
+            if not self.began and watermark >= begin:
+                self.expire(begin)
+                self.already_open, self.began = len(self.opened), True
+            self.expire(watermark)
+            session = self.opened.setdefault(block, {"events": [], "inside": self.began})
+            session["events"].append(event)
+            session["seen"] = watermark
+        if over and self.began:
+            self.expire(end)
+        self.still_open = sum(session["inside"] for session in self.opened.values())
+
+    def expire(self, time):
+        for block in [block for block, session in self.opened.items() if session["seen"] + IDLE < time]:
+            self.finish(block)
+
+    def finish(self, block):
+        session = self.opened.pop(block, None)
+        if session and session["inside"]:
+            self.whole.append(session["events"])
+
+
+streams = st.lists(
+    st.tuples(st.sampled_from(["X", "Y", "Z", None]), st.sampled_from(["a", "b", "new", None]), st.integers(0, 6000)),
+    max_size=60,
+).map(lambda items: sorted(items, key=lambda item: item[2] // 800))  # out of order, but not wildly so
+times = st.none() | st.integers(0, 6000)
+
+
+@settings(max_examples=150, deadline=None)
+@given(streams, times, times, st.booleans(), st.integers(1, 3), st.lists(st.integers(0, 60), max_size=4))
+def test_a_range_holds_the_sessions_that_a_plain_reading_finds_whole(scorer, stream, begin, end, cut, every, cuts):
+    found = read(scorer, stream, begin=begin, end=end, every=every, cut=cut, cuts=cuts)
+    plain = Plain(stream, begin=begin, end=end, cut=cut)
+    expected = block_scores([Session("s", tuple(events)) for events in plain.whole], scorer, every=every)
+    assert sorted(found.scores) == sorted(expected.blocks.tolist()), "exactly those of --normal"
+    assert (found.already_open, found.still_open) == (plain.already_open, plain.still_open)
+    assert found.begun == len(plain.whole) + plain.still_open
+    assert [block.score for block in found.highest] == sorted(found.scores, reverse=True)[:10]
+
+
+def test_dead_letters_are_counted_where_they_lie_in_the_range(scorer):
+    garbage = (None, "a", 0)
+    stream = [garbage, ("X", "a", 0), garbage, ("X", "b", 2000), garbage, ("Y", "a", 2500), garbage, ("X", "c", 5000),
+              garbage]  # fmt: skip
+    assert (read(scorer, stream).dead_letters, read(scorer, stream).messages) == (5, 9)
+    part = read(scorer, stream, begin=1500, end=4000)
+    assert (part.dead_letters, part.messages) == (2, 4)
+
+
+def test_the_time_covered_is_the_range_where_there_is_traffic_around_it(scorer):
+    stream = [("X", "a", 500), ("X", "b", 3000), ("Y", "a", 4000), ("Y", "b", 9000)]
+    assert (read(scorer, stream).first, read(scorer, stream).last) == (500, 9000)
+    inside = read(scorer, stream, begin=2000, end=8000)
+    assert (inside.first, inside.last) == (2000, 8000)
+    outside = read(scorer, stream, begin=100, end=20_000)
+    assert (outside.first, outside.last) == (500, 9000), "before and after, the topic says nothing"
+    assert read(scorer, stream, begin=50_000).first is None
+
+
+def test_the_highest_block_can_be_explained(scorer):
+    stream = [("X", "a", 0), ("X", "never seen", 1), ("X", "b", 2), ("X", None, 2)]
+    (block,) = read(scorer, stream).highest
+    why = scorer.explain(block.row)
+    assert why.score == block.score
+    assert block.name == "X"
+    assert "never seen" in block.events(scorer.bundle.vocabulary)
+    assert block.count == 3
+    assert np.count_nonzero(block.row) == 1 + block.seen + ("<END>" in block.events(scorer.bundle.vocabulary))
+
+
+def test_a_block_silent_for_the_idle_timeout_is_not_open_when_the_range_begins(scorer):
+    stream = [("X", "a", 0), ("Y", "a", 900), ("Y", "b", 1800), ("X", "b", 1800), ("X", None, 0)]
+    found = read(scorer, stream, begin=1500)
+    assert (found.already_open, len(found.scores), found.still_open) == (1, 1, 0), "Y goes on, X has begun anew"
