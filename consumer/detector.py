@@ -79,6 +79,11 @@ class Detector:
         """Distinct windows that went through the network so far."""
         return self._scores.scored
 
+    def count_on(self, other: "Detector") -> None:
+        """Go on counting where `other` stopped, whose place this one takes."""
+        self.looks, self.evicted = other.looks, other.evicted
+        self._scores.scored = other.scored
+
     @property
     def open_blocks(self) -> int:
         """Open sessions of all partitions."""

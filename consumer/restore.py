@@ -52,13 +52,12 @@ class Restorer:
         consumer: the group's, to ask for committed offsets.
     """
 
-    def __init__(self, settings: Settings, vocabulary: Vocabulary, consumer: Consumer) -> None:
+    def __init__(self, settings: Settings, consumer: Consumer) -> None:
         self._settings = settings
-        self._vocabulary = vocabulary
         self._group = consumer
 
-    def start(self, partition: int) -> Start:
-        """Return where to begin with an input partition.
+    def start(self, partition: int, vocabulary: Vocabulary) -> Start:
+        """Return where to begin with an input partition, its windows in the tokens of `vocabulary`.
 
         Raises:
             UserError: the state topic cannot be read or belongs to another group.
@@ -77,7 +76,7 @@ class Restorer:
         come_by("restore")
         where = f"{topic}/{partition}"
         try:
-            recovered = recover(records, self._vocabulary)
+            recovered = recover(records, vocabulary)
         except (DamagedRecordError, KeyError) as error:
             raise UserError(
                 f"{self._settings.topics.state}/{partition}: the stored windows cannot be read ({error}); "

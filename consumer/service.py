@@ -14,10 +14,10 @@ from threading import Event
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from consumer.alerts import Alert
+from consumer.artifacts import Artifacts, ArtifactWatcher
 from consumer.checkpoint import Checkpointer, Replay
 from consumer.delivery import Headers, StateRecord, TransactionAborted, delivery_for
-from consumer.detector import Detector
-from consumer.events import Decoder, EventBatch, Undecodable
+from consumer.events import EventBatch, Undecodable
 from consumer.faultpoints import come_by
 from consumer.restore import Restorer, Start
 from consumer.settings import Settings
@@ -55,11 +55,12 @@ class _Assigned:
 class Service:
     """One consumer process: a member of the consumer group, with one producer."""
 
-    def __init__(self, settings: Settings, detector: Detector, decoder: Decoder) -> None:
+    def __init__(self, settings: Settings, artifacts: Artifacts) -> None:
         self._settings = settings
         self._topic = settings.topics.events
-        self._detector = detector
-        self._decoder = decoder
+        self._watcher = ArtifactWatcher(settings, artifacts)
+        self._detector = artifacts.detector(settings)
+        self._decoder = artifacts.decoder(settings)
         self._assigned: dict[int, _Assigned] = {}
         self._failure: str | None = None
         self._recovery_due = False
@@ -88,7 +89,7 @@ class Service:
             )
         except KafkaException as error:
             raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
-        self._restorer = Restorer(self._settings, self._detector.vocabulary, self._consumer)
+        self._restorer = Restorer(self._settings, self._consumer)
         try:
             self._consumer.subscribe(
                 [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
@@ -110,6 +111,8 @@ class Service:
         now = time.monotonic()
         commit_at, report_at = now + interval, now + _REPORT_SECONDS
         self._checkpoint_at = now + checkpoint_interval
+        reload_interval = self._settings.reload.interval.total_seconds()
+        reload_at = now + reload_interval
         while not stop.is_set():
             try:
                 self._take(self._consumer.consume(scoring.max_batch, wait))
@@ -123,6 +126,9 @@ class Service:
                         self._checkpoint_at = now + checkpoint_interval
                     self._commit(begin=begin)
                     commit_at = time.monotonic() + interval
+                if now >= reload_at and not self._recovery_due:
+                    reload_at = now + reload_interval
+                    self._reload()
             except TransactionAborted as reason:
                 log.warning("transaction aborted (%s): recovering", reason)
                 self._recovery_due = True
@@ -244,7 +250,7 @@ class Service:
 
     def _begin(self, partition: int) -> TopicPartition:
         """Restore a partition's windows; return where to read on."""
-        start: Start = self._restorer.start(partition)
+        start: Start = self._restorer.start(partition, self._detector.vocabulary)
         watermark = start.recovered.checkpoint.watermark if start.recovered.checkpoint else None
         self._detector.assign(partition, start.recovered.sessions, watermark, start.offset)
         end = start.replay.end
@@ -260,6 +266,26 @@ class Service:
             ),
         )
         return TopicPartition(self._topic, partition, start.offset)
+
+    def _reload(self) -> None:
+        """Take a new model or threshold if there is one.
+
+        What is done is committed, with a whole checkpoint, by the old pair; then all partitions recover under the
+        new one. Should the commit fail, they recover from the one before it: nothing is lost, only judged later.
+
+        Raises:
+            TransactionAborted: as `_commit`; the new pair has been taken.
+        """
+        artifacts = self._watcher.poll()
+        if artifacts is None:
+            return
+        log.info("now %s", artifacts)
+        before = self._detector  # whose windows the checkpoint holds: each checkpointer knows its own
+        self._detector, self._decoder = artifacts.detector(self._settings), artifacts.decoder(self._settings)
+        self._detector.count_on(before)
+        self._recovery_due = True
+        self._commit(finish=list(self._assigned))
+        come_by("reload")
 
     def _recover(self) -> None:
         """Go back to what is committed, in all partitions: memory is ahead of it."""

@@ -159,6 +159,12 @@ class CheckpointSettings(Section):
     interval: Duration = timedelta(seconds=30)
 
 
+class ReloadSettings(Section):
+    """`reload:` — how often to look for a new model or threshold."""
+
+    interval: Duration = timedelta(seconds=5)
+
+
 Delivery = Literal["exactly_once", "at_least_once"]
 """Whether alerts, windows and input offsets go through one transaction."""
 
@@ -178,6 +184,7 @@ class Settings(Section):
     delivery: Delivery = "exactly_once"
     commit: CommitSettings = CommitSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    reload: ReloadSettings = ReloadSettings()
 
 
 def milliseconds(duration: timedelta) -> int:

@@ -16,16 +16,12 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from rich.table import Table
 
 from consumer.alerts import Alert
-from consumer.detector import Detector
+from consumer.artifacts import Artifacts
 from consumer.events import Decoder, EventBatch, Undecodable
-from consumer.settings import Settings, load_settings, milliseconds
-from consumer.threshold import Threshold
+from consumer.settings import Settings, load_settings
 from consumer.topics import require_topic
-from model.bundle import Bundle
 from model.cli import argument_parser, console, progress_bar, run
-from model.device import choose
 from model.errors import UserError
-from model.scoring import Scorer
 from scripts.alerts import read_alerts
 
 _BATCH = 10_000
@@ -72,18 +68,10 @@ def verify(settings: Settings) -> Comparison:
     """Compare what is published with what the committed events call for.
 
     Raises:
-        UserError: topics, model or threshold are not there, or events that the group has read are gone.
+        UserError: topics, model or threshold are not there or do not fit, or events that the group has read are gone.
     """
-    bundle = Bundle.load(settings.model.path)
-    threshold = Threshold.load(settings.calibration.path)
-    detector = Detector(
-        Scorer(bundle, threshold.strategy, choose(settings.device)),
-        threshold,
-        topic=settings.topics.events,
-        cache_windows=settings.scoring.cache_windows,
-        max_open_blocks=settings.windows.max_open_blocks,
-    )
-    decoder = Decoder(settings.events, bundle.vocabulary.tokens, milliseconds(settings.windows.max_ahead))
+    artifacts = Artifacts.load(settings)
+    detector, decoder = artifacts.detector(settings), artifacts.decoder(settings)
     committed = _committed(settings)
     expected: dict[Key, bytes] = {}
     with progress_bar("reading the events again", sum(committed.values())) as advance:
