@@ -80,6 +80,7 @@ class Artifacts:
             topic=settings.topics.events,
             cache_windows=settings.scoring.cache_windows,
             max_open_blocks=settings.windows.max_open_blocks,
+            drift=settings.drift,
         )
 
     def decoder(self, settings: Settings) -> Decoder:

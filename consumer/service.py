@@ -17,6 +17,7 @@ from consumer.alerts import Alert
 from consumer.artifacts import Artifacts, ArtifactWatcher
 from consumer.checkpoint import Checkpointer, Replay
 from consumer.delivery import Headers, StateRecord, TransactionAborted, delivery_for
+from consumer.drift import MEANING
 from consumer.events import EventBatch, Undecodable
 from consumer.faultpoints import come_by
 from consumer.restore import Restorer, Start
@@ -178,6 +179,7 @@ class Service:
             self._detector.replay(partition, self._masked(partition, batch))
         if live:
             self._publish(self._detector.process({part: self._masked(part, batch) for part, batch in live.items()}))
+            self._say_alarms()
         for assigned in self._assigned.values():
             assigned.end_replay()
 
@@ -192,6 +194,7 @@ class Service:
         for partition, assigned in self._assigned.items():
             if assigned.active < limit and assigned.replay is None:
                 self._publish(self._detector.close(partition))
+                self._say_alarms()
                 assigned.touched = True
                 assigned.active = time.monotonic()
 
@@ -199,6 +202,15 @@ class Service:
         for alert in alerts:
             self.alerts += 1
             self._delivery.send(self._settings.topics.alerts, alert.encode(), alert.block_id.encode(), [])
+
+    def _say_alarms(self) -> None:
+        for partition, drift in self._detector.alarms:
+            log.warning(
+                "%s/%d: drift (%s) after %s blocks: %s; calibrate again on recent traffic: "
+                "python -m calibration --topic %s, see docs/detection.md",
+                self._topic, partition, drift.alarm, f"{drift.blocks:,}", MEANING[drift.alarm or "tail"], self._topic,
+            )  # fmt: skip
+        self._detector.alarms.clear()
 
     def _bury(self, message: Message, reason: str) -> None:
         """Send a message that cannot be decoded to the dead-letter topic, as it was, with why and where from."""
@@ -252,7 +264,14 @@ class Service:
         """Restore a partition's windows; return where to read on."""
         start: Start = self._restorer.start(partition, self._detector.vocabulary)
         watermark = start.recovered.checkpoint.watermark if start.recovered.checkpoint else None
-        self._detector.assign(partition, start.recovered.sessions, watermark, start.offset)
+        self._detector.assign(
+            partition,
+            start.recovered.sessions,
+            watermark,
+            start.offset,
+            drift=start.recovered.drift,
+            since=start.replay.until,
+        )
         end = start.replay.end
         self._assigned[partition] = _Assigned(
             position=start.offset,

@@ -159,6 +159,14 @@ class CheckpointSettings(Section):
     interval: Duration = timedelta(seconds=30)
 
 
+class DriftSettings(Section):
+    """`drift:` — when the threshold no longer means what it says."""
+
+    enabled: bool = True
+    failing_share: float = Field(default=0.05, ge=0, lt=1)
+    false_alarm_every: int = Field(default=1_000_000, ge=100)
+
+
 class ReloadSettings(Section):
     """`reload:` — how often to look for a new model or threshold."""
 
@@ -184,6 +192,7 @@ class Settings(Section):
     delivery: Delivery = "exactly_once"
     commit: CommitSettings = CommitSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    drift: DriftSettings = DriftSettings()
     reload: ReloadSettings = ReloadSettings()
 
 
