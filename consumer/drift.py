@@ -11,10 +11,13 @@ Gammerman & Shafer, Algorithmic Learning in a Random World, 2005, theorem 8.2), 
 p-values is 1 gains nothing on average. `tail` bets on "the block alerts" at odds that are fair, or worse, as long as
 the rate is the allowed one, or lower.
 
-Evidence is gathered by Shiryaev-Roberts, R = (1 + R) · bet after every block: R grows by at most 1 a block on average
-as long as nothing changes, so to wait for R ≥ c is to wait for c blocks, at least, on average (Vovk, Petej, Nouretdinov
-et al., Retrain or not retrain: conformal test martingales for change-point detection, 2021). A long quiet time does
-not make it slow. A mean over several fixed bets is such an R as well.
+Real blocks come in waves: those of one job close together and look alike. So a bet is on the mean over a batch of
+blocks, which is one observation however alike they are. It is as fair as a bet on each, and slower.
+
+Evidence is gathered by Shiryaev-Roberts, R = (1 + R) · bet after every batch: R grows by at most 1 a batch on average
+as long as nothing changes, so to wait for R ≥ c is to wait for c batches, at least, on average (Vovk, Petej,
+Nouretdinov et al., Retrain or not retrain: conformal test martingales for change-point detection, 2021). A long quiet
+time does not make it slow. A mean over several fixed bets is such an R as well.
 
 No clock and no chance: ties are broken by a hash of the block's place, so the answer is a function of the partition's
 events, whatever batches, instances and restarts.
@@ -42,14 +45,13 @@ MEANING: dict[Question, str] = {
 """What an alarm says, for people."""
 
 _TILTS = (-1.6, -0.8, 0.8, 1.6)
-"""Bets 1 + e·(p - 1/2) on scores that are higher (e < 0) or lower than they were. A small shift, of a twentieth of the
-blocks from one end to the other, loses against all of them: what is not worth a calibration raises no alarm."""
+"""Bets 1 + e·(p - 1/2), p averaged, on scores that are higher (e < 0) or lower than they were."""
 
 _SPREADS = (-0.45, 0.45)
-"""Bets 1 + e·(12·(p - 1/2)² - 1) on scores that crowd in the middle (e < 0) or at both ends."""
+"""Bets 1 + e·(12·(p - 1/2)² - 1), averaged, on scores that crowd in the middle (e < 0) or at both ends."""
 
 _STAKES = (0.03, 0.1, 0.3, 0.6)
-"""Bets 1 + s·(x / rate - 1), x = 1 for a block that alerts, else 0: from a little too many alerts to a flood."""
+"""Bets 1 + s·(x / rate - 1), x the share of blocks that alert: from a little too many alerts to a flood."""
 
 
 def levels(scores: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -73,20 +75,23 @@ class DriftTest:
         reference[levels(np.array([threshold.threshold]))] -= 1
         self.reference: list[int] = np.maximum(reference, 0).astype(int).tolist()
         self.rate = min(1.0, threshold.bound + settings.failing_share)
-        self.limit = 2.0 * settings.false_alarm_every  # for each of two questions, so that both keep the promise
-        self._alerting = [1 + stake * (1 / self.rate - 1) for stake in _STAKES]
-        self._silent = [1 - stake for stake in _STAKES]
+        self.batch = settings.batch
+        self.limit = 2.0 * settings.false_alarm_every / settings.batch  # 2: so that both questions keep the promise
 
-    def tail_bets(self, *, alerting: bool) -> list[float]:
-        """Return the factors with which a block multiplies each R of `tail`."""
-        return self._alerting if alerting else self._silent
+    def tail_bets(self, share: float) -> list[float]:
+        """Return the factors with which a batch, of whose blocks `share` alerted, multiplies each R of `tail`."""
+        return [1 + stake * (share / self.rate - 1) for stake in _STAKES]
 
     @staticmethod
-    def body_bets(p_value: float) -> list[float]:
-        """Return the factors with which a block's p-value multiplies each R of `body`; their means are 1."""
+    def body_bets(tilt: float, spread: float) -> list[float]:
+        """Return the factors with which a batch multiplies each R of `body`, by its mean deviations."""
+        return [1 + factor * tilt for factor in _TILTS] + [1 + factor * spread for factor in _SPREADS]
+
+    @staticmethod
+    def deviation(p_value: float) -> tuple[float, float]:
+        """Return how far a p-value is to one side, and how far from the middle; both are 0 on average if uniform."""
         off = p_value - 0.5
-        square = 12 * off * off - 1
-        return [1 + tilt * off for tilt in _TILTS] + [1 + spread * square for spread in _SPREADS]
+        return off, 12 * off * off - 1
 
 
 class Drift:
@@ -122,15 +127,29 @@ class Drift:
         if state.alarm:
             return False
         state.blocks += 1
-        state.tail = _gathered(state.tail, self._test.tail_bets(alerting=alerted))
         if alerted:
             state.alerting += 1
+            state.batch_alerting += 1
         else:
             state.counts[level] += 1
-            state.body = _gathered(state.body, self._test.body_bets(self._p_value(level, place)))
+            tilt, spread = self._test.deviation(self._p_value(level, place))
+            state.batch_tilt += tilt
+            state.batch_spread += spread
+        if state.blocks % self._test.batch == 0:
+            self._end_batch()
+        return state.alarm is not None
+
+    def _end_batch(self) -> None:
+        state, size = self.state, self._test.batch
+        state.tail = _gathered(state.tail, self._test.tail_bets(state.batch_alerting / size))
+        silent = size - state.batch_alerting
+        if silent:
+            state.body = _gathered(
+                state.body, self._test.body_bets(state.batch_tilt / silent, state.batch_spread / silent)
+            )
+        state.batch_alerting, state.batch_tilt, state.batch_spread = 0, 0.0, 0.0
         evidence = self.evidence()
         state.alarm = next((question for question in evidence if evidence[question] >= 1), None)
-        return state.alarm is not None
 
     def _p_value(self, level: int, place: str) -> float:
         """Count the block in and return its smoothed conformal p-value."""

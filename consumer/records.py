@@ -159,6 +159,7 @@ class DriftState(msgspec.Struct):
         blocks: sessions begun since then that closed.
         alerting: those of them that alerted.
         counts: those of them that did not, by the level of their highest score.
+        batch_alerting, batch_tilt, batch_spread: sums over the blocks of the unfinished batch.
         tail, body: evidence of the two questions, one number for each bet.
         alarm: the question that was answered with no, after `blocks` blocks.
     """
@@ -168,6 +169,9 @@ class DriftState(msgspec.Struct):
     blocks: int = 0
     alerting: int = 0
     counts: list[int] = []
+    batch_alerting: int = 0
+    batch_tilt: float = 0.0
+    batch_spread: float = 0.0
     tail: list[float] = []
     body: list[float] = []
     alarm: Question | None = None

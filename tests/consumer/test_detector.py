@@ -16,7 +16,7 @@ from consumer.records import DriftState
 from consumer.settings import DriftSettings
 from model.vocabulary import BOS, END, PAD, UNK
 
-TOUCHY = DriftSettings(failing_share=0, false_alarm_every=100)
+TOUCHY = DriftSettings(failing_share=0, batch=3, false_alarm_every=100)
 """So that drift shows within a short stream."""
 
 NAMES = ["a", "b", "c", "d", "never seen"]
@@ -172,14 +172,15 @@ def failing(count, first=0):
 
 
 def test_alerts_say_from_their_own_place_on_that_there_is_drift(scorer, make_threshold):
-    detector = Detector(scorer, make_threshold(3.0), topic="logs", cache_windows=1000)
+    drift = DriftSettings(batch=5)
+    detector = Detector(scorer, make_threshold(3.0), topic="logs", cache_windows=1000, drift=drift)
     detector.assign(0)
-    alerts = [alert for alert in detector.process({0: batch_of(scorer.bundle, failing(60))}) if alert.revision == 1]
+    alerts = [alert for alert in detector.process({0: batch_of(scorer.bundle, failing(200))}) if alert.revision == 1]
     ((partition, state),) = detector.alarms
     assert (partition, state.alarm, state.alerting) == (0, "tail", state.blocks)
-    assert 10 < state.blocks < 50
-    assert [alert.drift for alert in alerts] == [None] * state.blocks + ["tail"] * (60 - state.blocks)
-    for alert in alerts:
+    assert 100 < state.blocks < 190
+    assert [alert.drift for alert in alerts] == [None] * state.blocks + ["tail"] * (200 - state.blocks)
+    for alert in alerts[-5:]:
         validate(alert)
 
 

@@ -62,11 +62,12 @@ def test_every_bet_is_fair(promise):
     """The mean over uniform p-values is 1, and over blocks that alert at the allowed rate; no factor is below 0."""
     test = DriftTest(promise(np.arange(1, 101) / 10), DEFAULTS)
     grid = (np.arange(10_000) + 0.5) / 10_000
-    factors = np.array([test.body_bets(p) for p in grid])
+    factors = np.array([test.body_bets(*test.deviation(p)) for p in grid])
     assert np.allclose(factors.mean(0), 1)
     assert (factors > 0).all()
-    hit, miss = np.array(test.tail_bets(alerting=True)), np.array(test.tail_bets(alerting=False))
+    hit, miss = np.array(test.tail_bets(1)), np.array(test.tail_bets(0))
     assert np.allclose(test.rate * hit + (1 - test.rate) * miss, 1)
+    assert np.allclose(test.tail_bets(test.rate), 1)
     assert (miss > 0).all()
     assert (hit > 1).all(), "at a lower rate than the allowed one the mean is less than 1"
 
@@ -88,9 +89,10 @@ def test_p_values_are_uniform_and_independent_as_long_as_nothing_changes(promise
     assert abs(np.corrcoef(pairs.T)[0, 1]) < 0.05
 
 
-def test_false_alarms_are_as_rare_as_stated(promise):
+@pytest.mark.parametrize("batch", [1, 5])
+def test_false_alarms_are_as_rare_as_stated(promise, batch):
     """The mean time to an alarm, nothing changed, is at least `false_alarm_every`: here with the tightest null."""
-    options = DriftSettings(failing_share=0, false_alarm_every=200)
+    options = DriftSettings(failing_share=0, false_alarm_every=200, batch=batch)
     alarms = blocks = 0
     for seed in range(150):
         random = np.random.default_rng(seed)
@@ -99,7 +101,7 @@ def test_false_alarms_are_as_rare_as_stated(promise):
         run(drift, scores_of(random, 600), threshold.threshold, salt=str(seed))
         alarms += drift.alarm is not None
         blocks += drift.state.blocks
-    assert alarms > 50, "else this shows nothing"
+    assert alarms > 40, "else this shows nothing"
     assert blocks / alarms > 200
 
 
@@ -111,7 +113,7 @@ def test_a_natural_share_of_failing_blocks_is_no_alarm_and_a_flood_is_one(promis
     drift = fresh(threshold)
     assert run(drift, scores, threshold.threshold) is None
     after = run(drift, np.full(1000, 9.0), threshold.threshold, salt="new")
-    assert after < 15
+    assert after <= 800
     assert drift.alarm == "tail"
 
 
@@ -121,15 +123,25 @@ def test_silent_blocks_that_score_otherwise_are_an_alarm(promise, factor):
     threshold = promise(scores_of(random, 2000), 0.99)
     drift = fresh(threshold)
     assert run(drift, scores_of(random, 5000), threshold.threshold) is None
-    after = run(drift, np.minimum(scores_of(random, 2000) * factor, threshold.threshold), threshold.threshold, "new")
-    assert after < 300
+    after = run(drift, np.minimum(scores_of(random, 5000) * factor, threshold.threshold), threshold.threshold, "new")
+    assert after < 3000
     assert drift.alarm == "body"
+
+
+def test_waves_of_like_blocks_are_no_change_unless_they_last(promise):
+    """Blocks that look alike come together, a wave of these and then of those: all in all what calibration saw."""
+    random = np.random.default_rng(9)
+    threshold = promise(scores_of(random, 2000), 0.95)
+    scores = np.concatenate([np.sort(scores_of(random, 200)) for _ in range(50)])
+    hasty = DriftSettings(batch=1)
+    assert run(fresh(threshold, hasty), scores, threshold.threshold) is not None
+    assert run(fresh(threshold), scores, threshold.threshold) is None
 
 
 def test_after_an_alarm_nothing_changes(promise):
     threshold = promise(scores_of(np.random.default_rng(7), 200))
     drift = fresh(threshold)
-    run(drift, np.full(100, 9.0), threshold.threshold)
+    run(drift, np.full(1000, 9.0), threshold.threshold)
     before = drift.state.pack()
     assert drift.evidence()["tail"] >= 1
     assert run(drift, np.full(100, 0.01), threshold.threshold) is None
@@ -142,7 +154,7 @@ def test_a_stored_state_goes_on_as_if_nothing_had_happened(promise, random, cut)
     numbers = np.random.default_rng(random.randrange(2**32))
     threshold = promise(scores_of(numbers, 100))
     scores = scores_of(numbers, 300) * random.choice([1, 3])
-    options = DriftSettings(false_alarm_every=100)
+    options = DriftSettings(false_alarm_every=1000, batch=10)
     whole, first = fresh(threshold, options), fresh(threshold, options)
     for drift, part, begin in ((whole, scores, 0), (first, scores[:cut], 0)):
         run_from(drift, part, threshold.threshold, begin)

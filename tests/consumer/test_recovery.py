@@ -17,7 +17,7 @@ from consumer.settings import DriftSettings
 from model.vocabulary import UNK, Vocabulary
 
 PARTITION, GROUP = 0, "group"
-TOUCHY = DriftSettings(failing_share=0, false_alarm_every=100)
+TOUCHY = DriftSettings(failing_share=0, batch=3, false_alarm_every=100)
 
 
 def batch_of(vocabulary, events, begin, end):
