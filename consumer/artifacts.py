@@ -104,7 +104,7 @@ class ArtifactWatcher:
 
     def __init__(self, settings: Settings, in_use: Artifacts) -> None:
         self._settings = settings
-        self._in_use = in_use
+        self.in_use = in_use
         self._judged = self._last = in_use.facts
         self.outcomes = Counter[str]()
 
@@ -117,22 +117,22 @@ class ArtifactWatcher:
         self._judged = facts
         try:
             found = Artifacts.read(self._settings)
-            if found.is_same(self._in_use):
+            if found.is_same(self.in_use):
                 return None  # written again, the same
-            if found.threshold == self._in_use.threshold and found.bundle.fingerprint != found.threshold.model:
+            if found.threshold == self.in_use.threshold and found.bundle.fingerprint != found.threshold.model:
                 self.outcomes["waiting"] += 1
                 log.info(
                     "a new model %s is there: going on with %s until python -m calibration has made its threshold",
-                    found.bundle.fingerprint[:12], self._in_use.bundle.fingerprint[:12],
+                    found.bundle.fingerprint[:12], self.in_use.bundle.fingerprint[:12],
                 )  # fmt: skip
                 return None
             found.check(self._settings)
         except UserError as reason:
             self.outcomes["refused"] += 1
-            log.warning("%s; going on with %s", reason, self._in_use)
+            log.warning("%s; going on with %s", reason, self.in_use)
             return None
         self.outcomes["taken"] += 1
-        self._judged, self._in_use = found.facts, found
+        self._judged, self.in_use = found.facts, found
         return found
 
 

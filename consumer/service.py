@@ -16,10 +16,12 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from consumer.alerts import Alert
 from consumer.artifacts import Artifacts, ArtifactWatcher
 from consumer.checkpoint import Checkpointer, Replay
-from consumer.delivery import Headers, StateRecord, TransactionAborted, delivery_for
+from consumer.delivery import StateRecord, TransactionAborted, delivery_for
 from consumer.drift import MEANING
 from consumer.events import EventBatch, Undecodable
 from consumer.faultpoints import come_by
+from consumer.letters import dead_letter
+from consumer.metrics import Metrics, MetricsServer, PartitionStatus, Status
 from consumer.restore import Restorer, Start
 from consumer.settings import Settings
 from model.errors import UserError
@@ -27,7 +29,7 @@ from model.errors import UserError
 log = logging.getLogger("consumer")
 
 _REPORT_SECONDS = 60.0
-_LETTER_BYTES = 500_000
+_STATUS_SECONDS = 1.0
 
 
 @dataclass
@@ -64,8 +66,10 @@ class Service:
         self._decoder = artifacts.decoder(settings)
         self._assigned: dict[int, _Assigned] = {}
         self._failure: str | None = None
+        self._joined = False
         self._recovery_due = False
         self._checkpoint_at = 0.0
+        self._metrics = Metrics()
         self.messages = self.alerts = self.dead_letters = 0
 
     def run(self, stop: Event) -> None:
@@ -74,6 +78,17 @@ class Service:
         Raises:
             UserError: Kafka refuses to go on (wrong credentials, missing rights, topic deleted …).
         """
+        listen = self._settings.metrics.listen
+        server = MetricsServer(self._metrics, listen) if listen else None
+        if server:
+            log.info("metrics are at http://%s/metrics", server.address)
+        try:
+            self._run(stop)
+        finally:
+            if server:
+                server.close()
+
+    def _run(self, stop: Event) -> None:
         self._delivery = delivery_for(self._settings, self._on_error)
         try:
             self._consumer = Consumer(
@@ -114,9 +129,14 @@ class Service:
         self._checkpoint_at = now + checkpoint_interval
         reload_interval = self._settings.reload.interval.total_seconds()
         reload_at = now + reload_interval
+        status_at = now
         while not stop.is_set():
+            self._metrics.beat()
             try:
-                self._take(self._consumer.consume(scoring.max_batch, wait))
+                messages = self._consumer.consume(scoring.max_batch, wait)
+                if messages:
+                    with self._metrics.batch_seconds.time():
+                        self._take(messages)
                 self._close_silent()
                 self._delivery.poll()
                 self._raise_failure()
@@ -135,6 +155,9 @@ class Service:
                 self._recovery_due = True
             if self._recovery_due:
                 self._recover()
+            if now >= status_at:
+                self._metrics.status = self.status()
+                status_at = now + _STATUS_SECONDS
             if now >= report_at:
                 log.info("%s", self.summary())
                 report_at = now + _REPORT_SECONDS
@@ -146,6 +169,40 @@ class Service:
             f"{self.messages:,} messages, {self._detector.looks:,} looks, {self._detector.scored:,} windows scored, "
             f"{self.alerts:,} alerts, {self.dead_letters:,} dead letters, "
             f"{self._detector.open_blocks:,} open blocks{evicted}"
+        )
+
+    def status(self) -> Status:
+        """Return where things stand, for the metrics."""
+        artifacts = self._watcher.in_use
+        return Status(
+            ready=self._joined and not any(assigned.is_catching_up for assigned in self._assigned.values()),
+            counts={
+                "messages": self.messages,
+                "looks": self._detector.looks,
+                "windows_scored": self._detector.scored,
+                "alerts": self.alerts,
+                "dead_letters": self.dead_letters,
+                "evicted_blocks": self._detector.evicted,
+            },
+            reloads=dict(self._watcher.outcomes),
+            threshold=artifacts.threshold.threshold,
+            artifacts={
+                "model": artifacts.bundle.fingerprint,
+                "strategy": artifacts.threshold.strategy,
+                "quantile": f"{artifacts.threshold.quantile:g}",
+            },
+            partitions={number: self._partition_status(number) for number in self._assigned},
+        )
+
+    def _partition_status(self, number: int) -> PartitionStatus:
+        store, drift = self._detector.store(number), self._detector.drift(number)
+        _, end = self._consumer.get_watermark_offsets(TopicPartition(self._topic, number), cached=True)
+        return PartitionStatus(
+            open_blocks=store.open_blocks,
+            watermark=store.watermark,
+            lag=None if end < 0 else max(0, end - self._assigned[number].position),
+            drift=drift.evidence(),
+            alarm=drift.alarm,
         )
 
     def _take(self, messages: Sequence[Message]) -> None:
@@ -213,22 +270,8 @@ class Service:
         self._detector.alarms.clear()
 
     def _bury(self, message: Message, reason: str) -> None:
-        """Send a message that cannot be decoded to the dead-letter topic, as it was, with why and where from."""
         self.dead_letters += 1
-        headers: Headers = [
-            *(message.headers() or []),
-            ("dead_letter.reason", reason.encode("utf-8", "replace")[:1000]),
-            ("dead_letter.topic", message.topic().encode()),
-            ("dead_letter.partition", str(message.partition()).encode()),
-            ("dead_letter.offset", str(message.offset()).encode()),
-            ("dead_letter.timestamp", str(message.timestamp()[1]).encode()),
-        ]
-        key, value = message.key(), message.value()
-        size = sum(len(part or b"") for part in (key, value, *(content for _, content in headers)))
-        if size > _LETTER_BYTES:  # with its new headers it might be more than the brokers take; the source has it all
-            headers = [*headers[-5:], ("dead_letter.cut_from_bytes", str(size).encode())]
-            key, value = key and key[:1000], value and value[:_LETTER_BYTES]
-        self._delivery.send(self._settings.topics.dead_letters, value, key, headers)
+        self._delivery.send(self._settings.topics.dead_letters, *dead_letter(message, reason))
 
     def _commit(self, *, begin: bool = False, finish: Sequence[int] = ()) -> None:
         """Make durable what is done: in `finish` partitions with a whole checkpoint, they are handed over.
@@ -244,7 +287,8 @@ class Service:
         if not due:
             return
         offsets = [TopicPartition(self._topic, partition, assigned.position) for partition, assigned in due.items()]
-        self._delivery.commit(self._consumer, offsets, self._records(due, begin=begin, finish=finish))
+        with self._metrics.commit_seconds.time():
+            self._delivery.commit(self._consumer, offsets, self._records(due, begin=begin, finish=finish))
         for assigned in due.values():
             assigned.touched = False
             assigned.leftovers = []
@@ -262,7 +306,8 @@ class Service:
 
     def _begin(self, partition: int) -> TopicPartition:
         """Restore a partition's windows; return where to read on."""
-        start: Start = self._restorer.start(partition, self._detector.vocabulary)
+        with self._metrics.restore_seconds.time():
+            start: Start = self._restorer.start(partition, self._detector.vocabulary)
         watermark = start.recovered.checkpoint.watermark if start.recovered.checkpoint else None
         self._detector.assign(
             partition,
@@ -328,6 +373,7 @@ class Service:
         except UserError as error:  # a callback cannot raise through librdkafka
             self._failure = str(error)
             return
+        self._joined = True
         come_by("rebalance")
         log.info("assigned partitions %s", _numbers(partitions))
 

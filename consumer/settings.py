@@ -168,6 +168,12 @@ class DriftSettings(Section):
     false_alarm_every: int = Field(default=1_000_000, ge=100)
 
 
+class MetricsSettings(Section):
+    """`metrics:` — where Prometheus finds what the consumer does."""
+
+    listen: Annotated[str, Field(pattern=r"^[^:\s]+:\d{1,5}$")] | None = None
+
+
 class ReloadSettings(Section):
     """`reload:` — how often to look for a new model or threshold."""
 
@@ -195,6 +201,7 @@ class Settings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     drift: DriftSettings = DriftSettings()
     reload: ReloadSettings = ReloadSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
 
 def milliseconds(duration: timedelta) -> int:
