@@ -3,17 +3,13 @@
 import logging
 import signal
 
-from consumer.detector import Detector
-from consumer.events import Decoder
+from consumer.artifacts import Artifacts
 from consumer.patience import Patience
 from consumer.service import Service
-from consumer.settings import load_settings, milliseconds
-from consumer.threshold import Threshold
+from consumer.settings import load_settings
 from consumer.topics import STATE_CONFIG, TopicSpec, check_state_topic, ensure_topics, require_topic
-from model.bundle import Bundle
 from model.cli import argument_parser, run
 from model.device import choose
-from model.scoring import Scorer
 
 log = logging.getLogger("consumer")
 
@@ -26,14 +22,7 @@ def main() -> int:
     patience = Patience()
     patience.end_on(signal.SIGTERM, signal.SIGINT)
 
-    bundle = Bundle.load(settings.model.path)
-    threshold = Threshold.load(settings.calibration.path)
-    threshold.check(
-        bundle,
-        every=settings.scoring.every,
-        idle_timeout_ms=milliseconds(settings.windows.idle_timeout),
-        path=settings.calibration.path,
-    )
+    artifacts = Artifacts.load(settings)
     device = choose(settings.device)
     topics = settings.topics
     created = ensure_topics(settings, map(TopicSpec, (topics.events, topics.alerts, topics.dead_letters)))
@@ -42,15 +31,7 @@ def main() -> int:
     for name in created:
         log.info("created topic %s", name)
     check_state_topic(settings)
-    detector = Detector(
-        Scorer(bundle, threshold.strategy, device),
-        threshold,
-        topic=topics.events,
-        cache_windows=settings.scoring.cache_windows,
-        max_open_blocks=settings.windows.max_open_blocks,
-    )
-    decoder = Decoder(settings.events, bundle.vocabulary.tokens, milliseconds(settings.windows.max_ahead))
-    service = Service(settings, detector, decoder, patience)
+    service = Service(settings, artifacts, patience)
     log.info("reading %s as group %s from %s", topics.events, settings.kafka.group, settings.kafka.bootstrap)
     log.info(
         "alerts go to %s, undecodable messages to %s, delivery %s",
@@ -58,10 +39,7 @@ def main() -> int:
         topics.dead_letters,
         settings.delivery,
     )
-    log.info(
-        "model %s on %s, threshold %g (%s, q = %g: at most %.2g of normal blocks alert)",
-        bundle.fingerprint[:12], device, threshold.threshold, threshold.strategy, threshold.quantile, threshold.bound,
-    )  # fmt: skip
+    log.info("on %s: %s", device, artifacts)
     service.run()
     log.info("stopped: %s", service.summary())
     return patience.exit_status()

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from consumer.records import Question
+
 SCHEMA_VERSION = 2
 
 
@@ -67,6 +69,7 @@ class Alert(msgspec.Struct, frozen=True):
     last_event_time: str
     source: Source
     model: str
+    drift: Question | None
 
     def encode(self) -> bytes:
         """Return the alert as JSON, the same bytes for the same alert."""

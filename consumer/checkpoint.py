@@ -1,8 +1,9 @@
 """What goes to the state topic at a commit, and what comes back from it. Pure: no Kafka, no clock.
 
-At every commit: sessions that alerted (so that what they said is never said twice) and deletions of sessions that
-closed. From time to time a checkpoint: all sessions with events that no record covers, a bounded number a commit,
-and last the checkpoint record, which says from which input offset a successor has to read again.
+At every commit: what drift the closed sessions showed, sessions that alerted (so that what they said is never said
+twice) and deletions of sessions that closed. From time to time a checkpoint: all sessions with events that no record
+covers, a bounded number a commit, and last the checkpoint record, which says from which input offset a successor has
+to read again.
 
 A successor restores the sessions, reads the input from the checkpoint's offset up to the committed offset without
 publishing (`Replay`), each session skipping what its record covers, and is where its predecessor was.
@@ -18,7 +19,17 @@ from numpy.typing import NDArray
 
 from consumer.detector import Detector
 from consumer.events import CLOCK, TOMBSTONE, EventBatch
-from consumer.records import BLOCK, CHECKPOINT, VOCABULARY, Checkpoint, SessionState, closed_marker, vocabulary_id
+from consumer.records import (
+    BLOCK,
+    CHECKPOINT,
+    DRIFT,
+    VOCABULARY,
+    Checkpoint,
+    DriftState,
+    SessionState,
+    closed_marker,
+    vocabulary_id,
+)
 from model.vocabulary import SPECIAL, UNK, Vocabulary
 
 Record = tuple[bytes, bytes | None]
@@ -41,12 +52,14 @@ class Recovered:
         sessions: open sessions by block, their tokens in today's vocabulary.
         markers: last offset of blocks that were closed by the wall clock or to make room.
         vocabularies: ids of the vocabularies that are stored.
+        drift: None if nothing is known.
     """
 
     checkpoint: Checkpoint | None = None
     sessions: dict[str, SessionState] = field(default_factory=dict)
     markers: dict[str, int] = field(default_factory=dict)
     vocabularies: set[bytes] = field(default_factory=set)
+    drift: DriftState | None = None
 
 
 def recover(records: Mapping[bytes, bytes], vocabulary: Vocabulary) -> Recovered:
@@ -61,6 +74,8 @@ def recover(records: Mapping[bytes, bytes], vocabulary: Vocabulary) -> Recovered
     for key, value in records.items():
         if key == CHECKPOINT:
             found.checkpoint = Checkpoint.unpack(value)
+        elif key == DRIFT:
+            found.drift = DriftState.unpack(value)
         elif key[:1] == BLOCK:
             block = key[1:].decode()
             state, written_in = SessionState.unpack(value)
@@ -139,6 +154,9 @@ class Checkpointer:
         if self._first is not None:  # so that a missing checkpoint always means that the state was lost
             yield CHECKPOINT, self._first.pack()
             self._first = None
+        drift = self._detector.take_drift(self._partition)
+        if drift is not None:
+            yield DRIFT, drift.pack()
         yield from self._departures()
         urgent = self._store.take_urgent() | self._detector.take_alerted(self._partition)
         yield from self._sessions(slot for slot in sorted(urgent) if self._store.is_open(slot))

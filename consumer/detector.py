@@ -17,9 +17,11 @@ from consumer.alerts import (
     WindowEvent,
     alert_id,
 )
+from consumer.drift import Drift, DriftTest, judge_id, levels
 from consumer.events import EventBatch
-from consumer.records import SessionState
+from consumer.records import DriftState, SessionState
 from consumer.scores import LookScores
+from consumer.settings import DriftSettings
 from consumer.threshold import Threshold
 from consumer.windows import Looks, WindowStore
 from model.scoring import Explanation, Scorer
@@ -40,6 +42,8 @@ class Alerted:
 @dataclass
 class _Partition:
     store: WindowStore
+    drift: Drift
+    drift_is_news: bool
     alerted: dict[int, Alerted] = field(default_factory=dict)
     news: set[int] = field(default_factory=set)
 
@@ -52,6 +56,7 @@ class Detector:
         topic: name of the event topic, for the alerts.
         cache_windows: distinct windows whose score is remembered.
         max_open_blocks: open sessions of a partition at most.
+        drift: how to tell that the threshold no longer means what it says; the defaults if None.
     """
 
     def __init__(
@@ -62,7 +67,13 @@ class Detector:
         topic: str,
         cache_windows: int,
         max_open_blocks: int = 2**31 - 1,
+        drift: DriftSettings | None = None,
     ) -> None:
+        drift = drift or DriftSettings()
+        self._watches_drift = drift.enabled
+        self._drift = DriftTest(threshold, drift)
+        self.judge = judge_id(threshold, drift)
+        """What alerts depend on beside the events, in eight bytes."""
         self._max_open_blocks = max_open_blocks
         self._bundle = scorer.bundle
         self._threshold = threshold
@@ -73,11 +84,18 @@ class Detector:
         """Looks taken so far."""
         self.evicted = 0
         """Sessions closed so far to make room for others."""
+        self.alarms: list[tuple[int, DriftState]] = []
+        """Partitions in which drift raised the alarm, for the caller to tell and clear."""
 
     @property
     def scored(self) -> int:
         """Distinct windows that went through the network so far."""
         return self._scores.scored
+
+    def count_on(self, other: "Detector") -> None:
+        """Go on counting where `other` stopped, whose place this one takes."""
+        self.looks, self.evicted = other.looks, other.evicted
+        self._scores.scored = other.scored
 
     @property
     def open_blocks(self) -> int:
@@ -95,8 +113,15 @@ class Detector:
         sessions: Mapping[str, SessionState] | None = None,
         watermark: int | None = None,
         start: int = 0,
+        *,
+        drift: DriftState | None = None,
+        since: int = 0,
     ) -> None:
-        """Start to watch a partition, with the open sessions that were stored for it; see `WindowStore.restore`."""
+        """Start to watch a partition, with the open sessions that were stored for it; see `WindowStore.restore`.
+
+        `drift` is what was stored of it. If that is by other artifacts than today's, they are in force from the input
+        offset `since` on, and the test begins anew.
+        """
         threshold = self._threshold
         store = WindowStore(
             window=threshold.window,
@@ -111,7 +136,9 @@ class Detector:
             for block, state in states.items()
             if state.revision
         }
-        self._partitions[partition] = _Partition(store, alerted)
+        is_ours = drift is not None and drift.judge == self.judge
+        state = drift if drift is not None and is_ours else DriftState(self.judge, since)
+        self._partitions[partition] = _Partition(store, Drift(self._drift, state), not is_ours, alerted)
 
     def store(self, partition: int) -> WindowStore:
         """Return the open sessions of a partition."""
@@ -128,10 +155,24 @@ class Detector:
         news, self._partitions[partition].news = self._partitions[partition].news, set()
         return news
 
+    def drift(self, partition: int) -> Drift:
+        """Return the test for drift of a partition."""
+        return self._partitions[partition].drift
+
+    def take_drift(self, partition: int) -> DriftState | None:
+        """Return what is to be stored of a partition's drift; None if nothing changed since the last call."""
+        watched = self._partitions[partition]
+        news, watched.drift_is_news = watched.drift_is_news, False
+        return watched.drift.state if news else None
+
     def replay(self, partition: int, batch: EventBatch) -> None:
-        """Take in events whose alerts have been published before."""
-        for _ in self._partitions[partition].store.apply(batch):
-            pass
+        """Take in events whose alerts have been published, and whose drift has been seen, before."""
+        watched = self._partitions[partition]
+        for looks in watched.store.apply(batch):
+            if self._watches_drift:  # an open session's level is wanted when it closes
+                watched.store.rise(looks, levels(self._scores.of(looks)))
+            for slot in looks.facts["slot"][looks.facts["closing"]].tolist():
+                watched.alerted.pop(slot, None)
 
     def revoke(self, partition: int) -> None:
         """Forget a partition and its open sessions."""
@@ -163,6 +204,7 @@ class Detector:
     def _judge(self, number: int, looks: Looks, scores: NDArray[np.float64]) -> Iterator[Alert]:
         partition = self._partitions[number]
         hot = scores > self._threshold.threshold
+        highest = partition.store.rise(looks, levels(scores))
         for place in np.flatnonzero(hot | looks.facts["closing"]).tolist():
             slot = int(looks.facts["slot"][place])
             before = partition.alerted.get(slot)
@@ -176,7 +218,20 @@ class Detector:
                     partition.news.add(slot)
                     yield self._alert(number, looks, place, why, revision)
             if looks.facts["closing"][place]:
-                partition.alerted.pop(slot, None)
+                said = partition.alerted.pop(slot, None)
+                self._watch(number, looks.facts[place], int(highest[place]), alerted=said is not None)
+
+    def _watch(self, number: int, fact: np.void, level: int, *, alerted: bool) -> None:
+        """Let the test for drift see a session that closed, if it was judged by today's artifacts all its life."""
+        partition = self._partitions[number]
+        first = int(fact["first_offset"])
+        if not self._watches_drift or first < partition.drift.state.since:
+            return
+        place = f"{first}\0{partition.store.block(int(fact['slot']))}"
+        if partition.drift.alarm is None:
+            partition.drift_is_news = True
+        if partition.drift.take(level, alerted=alerted, place=place):
+            self.alarms.append((number, partition.drift.state))
 
     def _alert(self, number: int, looks: Looks, place: int, why: Explanation, revision: int) -> Alert:
         fact = looks.facts[place]
@@ -211,6 +266,7 @@ class Detector:
             last_event_time=_iso(fact["last_time"]),
             source=Source(self._topic, number, int(fact["first_offset"]), int(fact["last_offset"])),
             model=self._threshold.model,
+            drift=self._partitions[number].drift.alarm,
         )
 
     def _names(self, looks: Looks, place: int, unknown: Mapping[int, str]) -> list[str]:

@@ -7,7 +7,7 @@ as by kill -9, or, for the place `abort`, its transaction is aborted.
 import os
 import signal
 
-PLACES = ("before_commit", "after_commit", "checkpoint", "rebalance", "restore", "abort")
+PLACES = ("before_commit", "after_commit", "checkpoint", "rebalance", "restore", "reload", "abort")
 
 _place, _, _number = os.environ.get("LOG_ANOMALY_FAULT", "").partition(":")
 _left = int(_number or 1)

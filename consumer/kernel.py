@@ -24,6 +24,7 @@ SESSION = np.dtype(
         ("last_offset", np.int64),
         ("last_time", np.int64),
         ("unsaved", np.int64),  # offset of the first event that no state record covers; NONE: all are covered
+        ("level", np.uint8),  # of the highest score of its looks so far
         ("saved", np.bool_),  # the state topic holds a record of the block, maybe of an earlier session
         ("older", np.int32),  # neighbours in the list ordered by `seen`
         ("newer", np.int32),
@@ -116,6 +117,17 @@ def advance(
             _look(sessions, tokens, offsets, times, slot, False, False, facts, rows, row_offsets, row_times, filled)
             filled += 1
     return len(in_slot), filled
+
+
+@njit(cache=True)
+def rise(sessions, facts, levels, highest):
+    """Raise the level of each look's session to that of the look; write what it is by then into `highest`."""
+    for i in range(len(facts)):
+        session = sessions[facts[i].slot]
+        session.level = max(session.level, levels[i])
+        highest[i] = session.level
+        if facts[i].closing:
+            session.level = 0  # the slot's next session begins anew, maybe within these looks
 
 
 @njit(cache=True)

@@ -58,14 +58,13 @@ class Restorer:
         consumer: the group's, to ask for committed offsets.
     """
 
-    def __init__(self, settings: Settings, vocabulary: Vocabulary, consumer: Consumer, patience: Patience) -> None:
+    def __init__(self, settings: Settings, consumer: Consumer, patience: Patience) -> None:
         self._settings = settings
-        self._vocabulary = vocabulary
         self._group = consumer
         self._patience = patience
 
-    def start(self, partition: int) -> Start:
-        """Return where to begin with an input partition.
+    def start(self, partition: int, vocabulary: Vocabulary) -> Start:
+        """Return where to begin with an input partition, its windows in the tokens of `vocabulary`.
 
         Raises:
             UserError: the state topic cannot be read or belongs to another group, or the partition is gone.
@@ -81,7 +80,7 @@ class Restorer:
         come_by("restore")
         where = f"{topic}/{partition}"
         try:
-            recovered = recover(records, self._vocabulary)
+            recovered = recover(records, vocabulary)
         except (DamagedRecordError, KeyError) as error:
             raise UserError(
                 f"{self._settings.topics.state}/{partition}: the stored windows cannot be read ({error}); "

@@ -3,8 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from consumer.drift import levels
 from consumer.windows import Looks
-from model.scoring import SCREEN_MARGIN, Explanation, Rows, Scorer
+from model.scoring import SCREEN_MARGIN, SCREEN_NOISE, Explanation, Rows, Scorer
 
 
 class LookScores:
@@ -12,7 +13,7 @@ class LookScores:
 
     Far below `threshold` a score is the screened one, good to `SCREEN_MARGIN`; from just below it upwards it is
     exact. So every comparison with the threshold is exact, and nearly every window costs the fast pass only.
-    Without a threshold every score is exact.
+    Without a threshold every score is exact. Either way the score's level (`consumer.drift.levels`) is the exact one's.
 
     Args:
         scorer: scores windows.
@@ -58,6 +59,7 @@ class LookScores:
             return self.scorer.exact(rows)
         scores = self.scorer.screen(rows)
         close = scores > self._threshold - SCREEN_MARGIN
+        close |= levels(scores - SCREEN_NOISE) != levels(scores + SCREEN_NOISE)
         if close.any():
             scores[close] = self.scorer.exact(rows[close])
         return scores

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from consumer.alerts import Alert
+from consumer.artifacts import Artifacts, ArtifactWatcher
 from consumer.checkpoint import Checkpointer, Replay
-from consumer.delivery import Headers, StateRecord, TransactionAborted, delivery_for
-from consumer.detector import Detector
-from consumer.events import Decoder, EventBatch, Undecodable
+from consumer.delivery import StateRecord, TransactionAborted, delivery_for
+from consumer.drift import MEANING
+from consumer.events import EventBatch, Undecodable
 from consumer.faultpoints import come_by
+from consumer.letters import dead_letter
+from consumer.metrics import Metrics, MetricsServer, PartitionStatus, Status
 from consumer.patience import HOPELESS, Patience
 from consumer.restore import Restorer, Start
 from consumer.settings import Settings
@@ -26,7 +29,7 @@ from model.errors import UserError
 log = logging.getLogger("consumer")
 
 _REPORT_SECONDS = 60.0
-_LETTER_BYTES = 500_000
+_STATUS_SECONDS = 1.0
 
 
 @dataclass
@@ -55,16 +58,19 @@ class _Assigned:
 class Service:
     """One consumer process: a member of the consumer group, with one producer."""
 
-    def __init__(self, settings: Settings, detector: Detector, decoder: Decoder, patience: Patience) -> None:
+    def __init__(self, settings: Settings, artifacts: Artifacts, patience: Patience) -> None:
         self._settings = settings
         self._topic = settings.topics.events
-        self._detector = detector
-        self._decoder = decoder
+        self._watcher = ArtifactWatcher(settings, artifacts)
+        self._detector = artifacts.detector(settings)
+        self._decoder = artifacts.decoder(settings)
         self._patience = patience
         self._assigned: dict[int, _Assigned] = {}
         self._failure: str | None = None
+        self._joined = False
         self._recovery_due = False
         self._checkpoint_at = 0.0
+        self._metrics = Metrics()
         self.messages = self.alerts = self.dead_letters = 0
 
     def run(self) -> None:
@@ -73,6 +79,17 @@ class Service:
         Raises:
             UserError: Kafka refuses to go on (wrong credentials, missing rights, topic deleted …).
         """
+        listen = self._settings.metrics.listen
+        server = MetricsServer(self._metrics, listen) if listen else None
+        if server:
+            log.info("metrics are at http://%s/metrics", server.address)
+        try:
+            self._run()
+        finally:
+            if server:
+                server.close()
+
+    def _run(self) -> None:
         self._delivery = delivery_for(self._settings, self._patience)
         try:
             self._consumer = Consumer(
@@ -89,7 +106,7 @@ class Service:
             )
         except KafkaException as error:
             raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
-        self._restorer = Restorer(self._settings, self._detector.vocabulary, self._consumer, self._patience)
+        self._restorer = Restorer(self._settings, self._consumer, self._patience)
         try:
             self._consumer.subscribe(
                 [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
@@ -111,9 +128,16 @@ class Service:
         now = time.monotonic()
         commit_at, report_at = now + interval, now + _REPORT_SECONDS
         self._checkpoint_at = now + checkpoint_interval
+        reload_interval = self._settings.reload.interval.total_seconds()
+        reload_at = now + reload_interval
+        status_at = now
         while not self._patience.stop_asked:
+            self._metrics.beat()
             try:
-                self._take(self._consumer.consume(scoring.max_batch, wait))
+                messages = self._consumer.consume(scoring.max_batch, wait)
+                if messages:
+                    with self._metrics.batch_seconds.time():
+                        self._take(messages)
                 self._close_silent()
                 self._delivery.poll()
                 self._raise_failure()
@@ -124,11 +148,17 @@ class Service:
                         self._checkpoint_at = now + checkpoint_interval
                     self._commit(begin=begin)
                     commit_at = time.monotonic() + interval
+                if now >= reload_at and not self._recovery_due:
+                    reload_at = now + reload_interval
+                    self._reload()
             except TransactionAborted as reason:
                 log.warning("transaction aborted (%s): recovering", reason)
                 self._recovery_due = True
             if self._recovery_due:
                 self._recover()
+            if now >= status_at:
+                self._metrics.status = self.status()
+                status_at = now + _STATUS_SECONDS
             if now >= report_at:
                 log.info("%s", self.summary())
                 report_at = now + _REPORT_SECONDS
@@ -140,6 +170,40 @@ class Service:
             f"{self.messages:,} messages, {self._detector.looks:,} looks, {self._detector.scored:,} windows scored, "
             f"{self.alerts:,} alerts, {self.dead_letters:,} dead letters, "
             f"{self._detector.open_blocks:,} open blocks{evicted}"
+        )
+
+    def status(self) -> Status:
+        """Return where things stand, for the metrics."""
+        artifacts = self._watcher.in_use
+        return Status(
+            ready=self._joined and not any(assigned.is_catching_up for assigned in self._assigned.values()),
+            counts={
+                "messages": self.messages,
+                "looks": self._detector.looks,
+                "windows_scored": self._detector.scored,
+                "alerts": self.alerts,
+                "dead_letters": self.dead_letters,
+                "evicted_blocks": self._detector.evicted,
+            },
+            reloads=dict(self._watcher.outcomes),
+            threshold=artifacts.threshold.threshold,
+            artifacts={
+                "model": artifacts.bundle.fingerprint,
+                "strategy": artifacts.threshold.strategy,
+                "quantile": f"{artifacts.threshold.quantile:g}",
+            },
+            partitions={number: self._partition_status(number) for number in self._assigned},
+        )
+
+    def _partition_status(self, number: int) -> PartitionStatus:
+        store, drift = self._detector.store(number), self._detector.drift(number)
+        _, end = self._consumer.get_watermark_offsets(TopicPartition(self._topic, number), cached=True)
+        return PartitionStatus(
+            open_blocks=store.open_blocks,
+            watermark=store.watermark,
+            lag=None if end < 0 else max(0, end - self._assigned[number].position),
+            drift=drift.evidence(),
+            alarm=drift.alarm,
         )
 
     def _take(self, messages: Sequence[Message]) -> None:
@@ -174,6 +238,7 @@ class Service:
             self._detector.replay(partition, self._masked(partition, batch))
         if live:
             self._publish(self._detector.process({part: self._masked(part, batch) for part, batch in live.items()}))
+            self._say_alarms()
         for assigned in self._assigned.values():
             assigned.end_replay()
 
@@ -188,6 +253,7 @@ class Service:
         for partition, assigned in self._assigned.items():
             if assigned.active < limit and assigned.replay is None:
                 self._publish(self._detector.close(partition))
+                self._say_alarms()
                 assigned.touched = True
                 assigned.active = time.monotonic()
 
@@ -196,23 +262,18 @@ class Service:
             self.alerts += 1
             self._delivery.send(self._settings.topics.alerts, alert.encode(), alert.block_id.encode(), [])
 
+    def _say_alarms(self) -> None:
+        for partition, drift in self._detector.alarms:
+            log.warning(
+                "%s/%d: drift (%s) after %s blocks: %s; calibrate again on recent traffic: "
+                "python -m calibration --topic %s, see docs/detection.md",
+                self._topic, partition, drift.alarm, f"{drift.blocks:,}", MEANING[drift.alarm or "tail"], self._topic,
+            )  # fmt: skip
+        self._detector.alarms.clear()
+
     def _bury(self, message: Message, reason: str) -> None:
-        """Send a message that cannot be decoded to the dead-letter topic, as it was, with why and where from."""
         self.dead_letters += 1
-        headers: Headers = [
-            *(message.headers() or []),
-            ("dead_letter.reason", reason.encode("utf-8", "replace")[:1000]),
-            ("dead_letter.topic", message.topic().encode()),
-            ("dead_letter.partition", str(message.partition()).encode()),
-            ("dead_letter.offset", str(message.offset()).encode()),
-            ("dead_letter.timestamp", str(message.timestamp()[1]).encode()),
-        ]
-        key, value = message.key(), message.value()
-        size = sum(len(part or b"") for part in (key, value, *(content for _, content in headers)))
-        if size > _LETTER_BYTES:  # with its new headers it might be more than the brokers take; the source has it all
-            headers = [*headers[-5:], ("dead_letter.cut_from_bytes", str(size).encode())]
-            key, value = key and key[:1000], value and value[:_LETTER_BYTES]
-        self._delivery.send(self._settings.topics.dead_letters, value, key, headers)
+        self._delivery.send(self._settings.topics.dead_letters, *dead_letter(message, reason))
 
     def _commit(self, *, begin: bool = False, finish: Sequence[int] = ()) -> None:
         """Make durable what is done: in `finish` partitions with a whole checkpoint, they are handed over.
@@ -228,7 +289,8 @@ class Service:
         if not due:
             return
         offsets = [TopicPartition(self._topic, partition, assigned.position) for partition, assigned in due.items()]
-        self._delivery.commit(self._consumer, offsets, self._records(due, begin=begin, finish=finish))
+        with self._metrics.commit_seconds.time():
+            self._delivery.commit(self._consumer, offsets, self._records(due, begin=begin, finish=finish))
         self._patience.uncommitted = 0
         for assigned in due.values():
             assigned.touched = False
@@ -247,9 +309,17 @@ class Service:
 
     def _begin(self, partition: int) -> TopicPartition:
         """Restore a partition's windows; return where to read on."""
-        start: Start = self._restorer.start(partition)
+        with self._metrics.restore_seconds.time():
+            start: Start = self._restorer.start(partition, self._detector.vocabulary)
         watermark = start.recovered.checkpoint.watermark if start.recovered.checkpoint else None
-        self._detector.assign(partition, start.recovered.sessions, watermark, start.offset)
+        self._detector.assign(
+            partition,
+            start.recovered.sessions,
+            watermark,
+            start.offset,
+            drift=start.recovered.drift,
+            since=start.replay.until,
+        )
         end = start.replay.end
         self._assigned[partition] = _Assigned(
             position=start.offset,
@@ -263,6 +333,26 @@ class Service:
             ),
         )
         return TopicPartition(self._topic, partition, start.offset)
+
+    def _reload(self) -> None:
+        """Take a new model or threshold if there is one.
+
+        What is done is committed, with a whole checkpoint, by the old pair; then all partitions recover under the
+        new one. Should the commit fail, they recover from the one before it: nothing is lost, only judged later.
+
+        Raises:
+            TransactionAborted: as `_commit`; the new pair has been taken.
+        """
+        artifacts = self._watcher.poll()
+        if artifacts is None:
+            return
+        log.info("now %s", artifacts)
+        before = self._detector  # whose windows the checkpoint holds: each checkpointer knows its own
+        self._detector, self._decoder = artifacts.detector(self._settings), artifacts.decoder(self._settings)
+        self._detector.count_on(before)
+        self._recovery_due = True
+        self._commit(finish=list(self._assigned))
+        come_by("reload")
 
     def _recover(self) -> None:
         """Go back to what is committed, in all partitions: memory is ahead of it."""
@@ -287,6 +377,7 @@ class Service:
         except UserError as error:  # a callback cannot raise through librdkafka
             self._failure = str(error)
             return
+        self._joined = True
         come_by("rebalance")
         log.info("assigned partitions %s", _numbers(partitions))
 

@@ -174,6 +174,27 @@ class CheckpointSettings(Section):
     interval: Duration = timedelta(seconds=30)
 
 
+class DriftSettings(Section):
+    """`drift:` — when the threshold no longer means what it says."""
+
+    enabled: bool = True
+    failing_share: float = Field(default=0.05, ge=0, lt=1)
+    batch: int = Field(default=100, ge=1, le=1_000_000)
+    false_alarm_every: int = Field(default=1_000_000, ge=100)
+
+
+class MetricsSettings(Section):
+    """`metrics:` — where Prometheus finds what the consumer does."""
+
+    listen: Annotated[str, Field(pattern=r"^[^:\s]+:\d{1,5}$")] | None = None
+
+
+class ReloadSettings(Section):
+    """`reload:` — how often to look for a new model or threshold."""
+
+    interval: Duration = timedelta(seconds=5)
+
+
 Delivery = Literal["exactly_once", "at_least_once"]
 """Whether alerts, windows and input offsets go through one transaction."""
 
@@ -193,6 +214,9 @@ class Settings(Section):
     delivery: Delivery = "exactly_once"
     commit: CommitSettings = CommitSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    drift: DriftSettings = DriftSettings()
+    reload: ReloadSettings = ReloadSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
 
 def milliseconds(duration: timedelta) -> int:

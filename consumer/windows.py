@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consumer.events import CLOCK, TOMBSTONE, EventBatch
-from consumer.kernel import LOOK, NEVER, NONE, SESSION, advance, link_newest
+from consumer.kernel import LOOK, NEVER, NONE, SESSION, advance, link_newest, rise
 from consumer.records import SessionState
 from model.vocabulary import UNK
 
@@ -121,8 +121,15 @@ class WindowStore:
     def close_all(self) -> Iterator[Looks]:
         """Close every session and yield their last looks: the partition has fallen silent on the wall clock."""
         slots = np.fromiter(self._slots.values(), np.int32, len(self._slots))
+        slots = slots[np.argsort(self._sessions["last_offset"][slots])]  # an order that outlives a restart
         nothing = np.zeros(len(slots), np.int64)
         yield from self._run(slots, np.full(len(slots), TOMBSTONE, np.int32), nothing, nothing, by_clock=True)
+
+    def rise(self, looks: Looks, levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Take in the score levels (N,) of looks, in their order; return the highest of its session at each look."""
+        highest = np.empty(len(looks), np.uint8)
+        rise(self._sessions, looks.facts, levels, highest)
+        return highest
 
     def snapshot(self, slot: int) -> SessionState:
         """Return the open session of a slot, without what its alerts said."""
@@ -141,6 +148,7 @@ class WindowStore:
             offsets=self._offsets[slot, ring],
             times=self._times[slot, ring],
             unknown=self.unknown(slot),
+            level=int(session["level"]),
         )
 
     def restore(
@@ -156,7 +164,7 @@ class WindowStore:
         for block, state in sorted(sessions, key=lambda item: item[1].last_offset):  # the order of last activity
             slot = self._slot(block, UNK)
             session = self._sessions[slot]
-            for name in ("count", "seen", "first_offset", "first_time", "last_offset", "last_time"):
+            for name in ("count", "seen", "first_offset", "first_time", "last_offset", "last_time", "level"):
                 session[name] = getattr(state, name)
             session["unsaved"], session["saved"] = NONE, True
             length = min(len(state.tokens), self._window)

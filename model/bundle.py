@@ -45,6 +45,11 @@ class Bundle:
             digest.update(weight.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
+    @staticmethod
+    def files(folder: Path) -> tuple[Path, ...]:
+        """Return the files that make up a bundle."""
+        return folder / _FACTS, folder / _WEIGHTS
+
     def save(self, folder: Path) -> None:
         """Write the bundle to `folder`, replacing a bundle that is there.
 

@@ -75,7 +75,7 @@ class TrainingSettings(Section):
     learning_rate: float = Field(default=0.003, gt=0, le=1)
     dropout: float = Field(default=0.05, ge=0, lt=1)
     corruption: Annotated[tuple[Share, Share], Field(strict=False)] = (0.001, 0.9)
-    swaps: float = Field(default=0.9, ge=0, le=1)
+    swaps: float = Field(default=0.95, ge=0, le=1)
     averaging: float = Field(default=0.9995, ge=0, lt=1)
     seed: int = Field(default=1, ge=0, lt=2**32)
 

@@ -29,8 +29,11 @@ CUT_SHARE = 0.3
 RUN_SHARE = 0.1
 """Share of the windows in which a run of events is missing."""
 
-REORDERINGS = 8
-"""Passes over a window, at most, in which commuting neighbours change places: an event wanders a few places."""
+REORDERINGS = 30
+"""Passes over a window, at most, in which commuting neighbours change places: an event can wander far."""
+
+_MARGIN = 2 * REORDERINGS
+"""Events before and behind a window that may come into it: a pass moves an event by two places at most."""
 
 
 class TrainingWindows:
@@ -64,18 +67,26 @@ class TrainingWindows:
         chosen = np.minimum(chosen, self.distinct - 1)
         length = self._length[chosen]
         closed = random.random(size) < CLOSED_SHARE
-        end = np.where(closed, length, 1 + (random.random(size) * length).astype(np.int64))
+        end = np.where(closed, length, 1 + (random.random(size) * length).astype(np.int64))  # of the window
         count = np.minimum(end, self._window)
+        begin = np.maximum(end - count - _MARGIN, 0)  # of what is reordered
+        pieces = self._slice(chosen, begin, np.minimum(end + _MARGIN, length))
+        self._reorder(pieces, random)  # before the cut: what comes into a window early or late is chance, too
         column = np.arange(self._window)
         inside = column < count[:, None]  # (B, W)
-        source = self._start[chosen] + end - count
-        events = np.where(inside, self._flat[np.where(inside, source[:, None] + column, 0)], PAD)
-        self._reorder(events, random)
+        place = np.where(inside, (end - count - begin)[:, None] + column, 0)
         rows = np.full((size, self._window + 2), PAD, np.int64)  # (B, W + 2)
         rows[:, 0] = BOS
-        rows[:, 1:-1] = events
+        rows[:, 1:-1] = np.where(inside, np.take_along_axis(pieces, place, axis=1), PAD)
         rows[np.flatnonzero(closed), 1 + count[closed]] = END
         return rows
+
+    def _slice(self, chosen: Tokens, begin: Tokens, end: Tokens) -> Tokens:
+        """Return (B, longest): from each chosen sequence the events from `begin` up to `end`, then PAD."""
+        column = np.arange(int((end - begin).max()))
+        inside = column < (end - begin)[:, None]
+        source = (self._start[chosen] + begin)[:, None] + column
+        return np.where(inside, self._flat[np.where(inside, source, 0)], PAD)
 
     def _reorder(self, events: Tokens, random: np.random.Generator) -> None:
         """Swap neighbours that training saw in both orders, again and again, in a share of the windows (B, W).

@@ -32,6 +32,10 @@ SCREEN_MARGIN = 0.02
 TOPK = 3
 """Strategy topk is the mean of this many highest surprisals."""
 
+SCREEN_NOISE = SCREEN_MARGIN / 40
+"""How far a screened score really is from the exact one, five times over: for bounds that must not be missed by a
+hair but lie so close that `SCREEN_MARGIN` would make every score an exact one."""
+
 EXPECTED = 3
 """How many alternatives an explanation names."""
 

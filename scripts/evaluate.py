@@ -18,9 +18,9 @@ from sklearn.metrics import average_precision_score, classification_report, prec
 
 from calibration.block_scores import BlockScores, block_scores
 from calibration.quantile import blocks_needed, conformal_quantile
-from consumer.settings import load_settings, milliseconds
+from consumer.artifacts import Artifacts
+from consumer.settings import load_settings
 from consumer.threshold import Threshold
-from model.bundle import Bundle
 from model.cli import argument_parser, console, progress_bar, run
 from model.config import Strategy
 from model.device import choose
@@ -76,14 +76,8 @@ def main() -> None:
         raise UserError("--training and --calibration go together: the baselines need both")
     started = time.monotonic()
     settings = load_settings(arguments.config)
-    bundle = Bundle.load(settings.model.path)
-    threshold = Threshold.load(settings.calibration.path)
-    threshold.check(
-        bundle,
-        every=settings.scoring.every,
-        idle_timeout_ms=milliseconds(settings.windows.idle_timeout),
-        path=settings.calibration.path,
-    )
+    artifacts = Artifacts.load(settings)
+    bundle, threshold = artifacts.bundle, artifacts.threshold
     normal = read_normal(arguments.normal).sessions
     anomalous = [session for path in arguments.anomalous for session in read_sessions(path).sessions
                  if session.anomalous is not False]  # fmt: skip

@@ -1,7 +1,8 @@
 """`python -m scripts.verify`: were the right alerts published, each of them once?
 
 Reads the event topic again, up to what the consumer group has committed, through the detector's core in this one
-process, and compares with what is in the alerts topic, byte for byte.
+process, and compares with what is in the alerts topic, byte for byte. Sessions begun before today's model and
+threshold came into force were judged by others as well: their alerts are counted and not compared.
 """
 
 import json
@@ -16,18 +17,15 @@ from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from rich.table import Table
 
 from consumer.alerts import Alert
-from consumer.detector import Detector
+from consumer.artifacts import Artifacts
 from consumer.events import Decoder, EventBatch, Undecodable
 from consumer.history import TopicHistory
-from consumer.settings import Settings, load_settings, milliseconds
-from consumer.threshold import Threshold
+from consumer.records import DRIFT, DamagedRecordError, DriftState
+from consumer.settings import Settings, load_settings
 from consumer.topics import require_topic
-from model.bundle import Bundle
 from model.cli import argument_parser, console, progress_bar, run
-from model.device import choose
 from model.errors import UserError
-from model.scoring import Scorer
-from scripts.alerts import read_alerts
+from scripts.alerts import TopicReader, read_alerts
 
 Key = tuple[str, int]
 """Alert id and revision: what makes an alert one."""
@@ -43,6 +41,7 @@ class Comparison:
     alerts_duplicated: int
     alerts_different: int
     alerts_extra: int
+    alerts_not_compared: int = 0
 
     @property
     def is_exact(self) -> bool:
@@ -71,60 +70,75 @@ def verify(settings: Settings) -> Comparison:
     """Compare what is published with what the committed events call for.
 
     Raises:
-        UserError: topics, model or threshold are not there, or events that the group has read are gone.
+        UserError: topics, model or threshold are not there or do not fit, or events that the group has read are gone.
     """
-    bundle = Bundle.load(settings.model.path)
-    threshold = Threshold.load(settings.calibration.path)
-    detector = Detector(
-        Scorer(bundle, threshold.strategy, choose(settings.device)),
-        threshold,
-        topic=settings.topics.events,
-        cache_windows=settings.scoring.cache_windows,
-        max_open_blocks=settings.windows.max_open_blocks,
-    )
-    decoder = Decoder(settings.events, bundle.vocabulary.tokens, milliseconds(settings.windows.max_ahead))
+    artifacts = Artifacts.load(settings)
+    detector, decoder = artifacts.detector(settings), artifacts.decoder(settings)
     committed = _committed(settings)
+    since = _in_force_since(settings, detector.judge, committed)
     expected: dict[Key, bytes] = {}
     with (
         TopicHistory(settings, settings.topics.events) as history,
         progress_bar("reading the events again", sum(committed.values())) as advance,
     ):
         for partition, end in committed.items():
-            detector.assign(partition)
+            detector.assign(partition, since=since[partition])
             for messages in history.read(partition, 0, end):
                 batch = EventBatch()
                 for message in messages:
                     _decode(decoder, message, batch)
                 for alert in detector.process({partition: batch}):
-                    expected[alert.alert_id, alert.revision] = alert.encode()
+                    if alert.source.first_offset >= since[partition]:
+                        expected[alert.alert_id, alert.revision] = alert.encode()
                 advance(len(messages))
             detector.revoke(partition)
-    return _compare(sum(committed.values()), expected, read_alerts(settings), committed)
+    return _compare(expected, read_alerts(settings), since, committed)
 
 
 def _compare(
-    events: int, expected: dict[Key, bytes], published: Iterator[bytes], committed: dict[int, int]
+    expected: dict[Key, bytes], published: Iterator[bytes], since: dict[int, int], committed: dict[int, int]
 ) -> Comparison:
     seen: Counter[Key] = Counter()
-    different = extra = 0
+    different = extra = not_compared = 0
     for value in published:
         alert = msgspec.json.decode(value, type=Alert)
         if alert.source.last_offset >= committed.get(alert.source.partition, 0):
             continue  # committed after this comparison began
         key = (alert.alert_id, alert.revision)
         seen[key] += 1
-        if key not in expected:
+        if alert.source.first_offset < since[alert.source.partition]:
+            not_compared += 1
+        elif key not in expected:
             extra += 1
         elif expected[key] != value:
             different += 1
     return Comparison(
-        events=events,
+        events=sum(committed.values()),
         alerts_expected=len(expected),
         alerts_missing=len(expected.keys() - seen.keys()),
         alerts_duplicated=seen.total() - len(seen),
         alerts_different=different,
         alerts_extra=extra,
+        alerts_not_compared=not_compared,
     )
+
+
+def _in_force_since(settings: Settings, judge: bytes, committed: dict[int, int]) -> dict[int, int]:
+    """Return the offset from which on each partition has been judged by today's artifacts: its end if by others."""
+    since = dict.fromkeys(committed, 0)
+    reader = TopicReader(settings, settings.topics.state)
+    try:
+        while not reader.at_end:
+            message = reader.poll(0.2)
+            if message is not None and message.key() == DRIFT and message.value() is not None:
+                state = DriftState.unpack(message.value())
+                partition = message.partition()
+                since[partition] = state.since if state.judge == judge else committed[partition]
+    except (KafkaException, DamagedRecordError) as error:
+        raise UserError(f"{settings.topics.state}: {error}") from None
+    finally:
+        reader.close()
+    return since
 
 
 def _decode(decoder: Decoder, message: Message, batch: EventBatch) -> None:

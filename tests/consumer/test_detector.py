@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from consumer.alerts import schema
 from consumer.detector import Detector
 from consumer.events import TOMBSTONE, EventBatch
+from consumer.records import DriftState
+from consumer.settings import DriftSettings
 from model.vocabulary import BOS, END, PAD, UNK
+
+TOUCHY = DriftSettings(failing_share=0, batch=3, false_alarm_every=100)
+"""So that drift shows within a short stream."""
 
 NAMES = ["a", "b", "c", "d", "never seen"]
 
@@ -41,7 +46,7 @@ def batch_of(bundle, events, first_offset=0):
 
 
 def run(scorer, threshold, events, *, cuts=(), partition=3, cache_windows=1000, close=False):
-    detector = Detector(scorer, threshold, topic="logs", cache_windows=cache_windows)
+    detector = Detector(scorer, threshold, topic="logs", cache_windows=cache_windows, drift=TOUCHY)
     detector.assign(partition)
     edges = [0, *sorted({cut % (len(events) + 1) for cut in cuts}), len(events)]
     alerts = []
@@ -152,10 +157,16 @@ def test_a_block_cut_short_is_truncated(scorer, make_threshold):
 
 def test_the_same_event_alerts_again_only_when_it_becomes_graver(scorer, make_threshold):
     """Later events may make an earlier one more surprising: that is news when it crosses a level."""
-    events = [("X", name, 0) for name in ("never seen", "a", "b", "c")]
-    looks = [scorer.explain(_row([UNK, 4, 5, 6][:seen], 6, closing=False)) for seen in range(1, 5)]
-    assert [why.offender for why in looks] == [0] * 4
-    scores = [why.score for why in looks]
+
+    def scores_of(tokens):
+        looks = [scorer.explain(_row([UNK, *tokens][:seen], 6, closing=False)) for seen in range(1, 5)]
+        return [why.score for why in looks] if not any(why.offender for why in looks) else [0.0]
+
+    tokens = max(
+        itertools.product((4, 5, 6), repeat=3), key=lambda tokens: max(scores_of(tokens)) - scores_of(tokens)[0]
+    )
+    events = [("X", name, 0) for name in ("never seen", *("abc"[token - 4] for token in tokens))]
+    scores = scores_of(tokens)
     graver = max(range(1, 4), key=scores.__getitem__)
     assert scores[graver] > scores[0], "the example has to rise"
     between = (scores[0] + scores[graver]) / 2
@@ -182,6 +193,52 @@ def test_equal_to_the_threshold_is_silent(scorer, make_threshold):
     score = scorer.explain(_row([4], 6, closing=False)).score
     assert run(scorer, make_threshold(score), [("X", "a", 0)]) == []
     assert len(run(scorer, make_threshold(score - 1e-4), [("X", "a", 0)])) == 1
+
+
+def failing(count, first=0):
+    """Blocks that begin and fail at once, one after the other."""
+    return [line for number in range(first, first + count)
+            for line in ((f"f{number}", "never seen", 0), (f"f{number}", None, 0))]  # fmt: skip
+
+
+def test_alerts_say_from_their_own_place_on_that_there_is_drift(scorer, make_threshold):
+    drift = DriftSettings(batch=5)
+    detector = Detector(scorer, make_threshold(3.0), topic="logs", cache_windows=1000, drift=drift)
+    detector.assign(0)
+    alerts = [alert for alert in detector.process({0: batch_of(scorer.bundle, failing(200))}) if alert.revision == 1]
+    ((partition, state),) = detector.alarms
+    assert (partition, state.alarm, state.alerting) == (0, "tail", state.blocks)
+    assert 100 < state.blocks < 190
+    assert [alert.drift for alert in alerts] == [None] * state.blocks + ["tail"] * (200 - state.blocks)
+    for alert in alerts[-5:]:
+        validate(alert)
+
+
+def test_blocks_that_others_judged_as_well_do_not_count(scorer, make_threshold):
+    """Under a new threshold drift begins anew, with the sessions that begin from then on."""
+    old = Detector(scorer, make_threshold(3.0), topic="logs", cache_windows=1000)
+    old.assign(0)
+    events = [("early", "a", 0), *failing(5), ("early", None, 0), *failing(2, 5)]
+    old.process({0: batch_of(scorer.bundle, events[:11])})
+    stored = old.take_drift(0)
+    assert (stored.blocks, stored.since) == (5, 0)
+    assert old.take_drift(0) is None, "nothing changed"
+    for limit, blocks, since in ((3.0, 8, 0), (3.1, 2, 11)):
+        new = Detector(scorer, make_threshold(limit), topic="logs", cache_windows=1000)
+        state = old.snapshot(0, old.store(0)._slots["early"])
+        new.assign(0, {"early": state}, 0, 11, drift=DriftState.unpack(stored.pack()), since=11)
+        new.process({0: batch_of(scorer.bundle, events[11:], 11)})
+        assert (new.drift(0).state.blocks, new.drift(0).state.since) == (blocks, since)
+
+
+def test_without_drift_nothing_is_counted(scorer, make_threshold):
+    settings = DriftSettings(enabled=False)
+    detector = Detector(scorer, make_threshold(3.0), topic="logs", cache_windows=1000, drift=settings)
+    detector.assign(0)
+    alerts = detector.process({0: batch_of(scorer.bundle, failing(60))})
+    assert {alert.drift for alert in alerts} == {None}
+    assert detector.take_drift(0).blocks == 0
+    assert detector.alarms == []
 
 
 def test_each_distinct_window_is_scored_once(scorer, make_threshold):

@@ -12,10 +12,12 @@ from consumer import checkpoint
 from consumer.checkpoint import Checkpointer, Recovered, Replay, recover
 from consumer.detector import Detector
 from consumer.events import CLOCK, TOMBSTONE, EventBatch
-from consumer.records import BLOCK, Checkpoint, DamagedRecordError, SessionState, closed_marker
+from consumer.records import BLOCK, DRIFT, Checkpoint, DamagedRecordError, DriftState, SessionState, closed_marker
+from consumer.settings import DriftSettings
 from model.vocabulary import UNK, Vocabulary
 
 PARTITION, GROUP = 0, "group"
+TOUCHY = DriftSettings(failing_share=0, batch=3, false_alarm_every=100)
 
 
 def batch_of(vocabulary, events, begin, end):
@@ -44,10 +46,12 @@ class Machine:
         vocabulary = self.scorer.bundle.vocabulary
         found = recover(dict(self.topic), vocabulary)
         self.detector = Detector(
-            self.scorer, self.threshold, topic="logs", cache_windows=1000, max_open_blocks=self.limit
+            self.scorer, self.threshold, topic="logs", cache_windows=1000, max_open_blocks=self.limit, drift=TOUCHY
         )
         start, watermark = (found.checkpoint.offset, found.checkpoint.watermark) if found.checkpoint else (0, None)
-        self.detector.assign(PARTITION, found.sessions, watermark, start)
+        self.detector.assign(
+            PARTITION, found.sessions, watermark, start, drift=found.drift, since=max(self.committed, start)
+        )
         covered = {name: state.last_offset for name, state in found.sessions.items()} | found.markers
         replay = Replay(self.committed, covered)
         for offset in range(start, self.committed):  # one by one: cuts must not matter here either
@@ -83,21 +87,8 @@ action = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    st.lists(event, min_size=1, max_size=80),
-    st.lists(action, max_size=60),
-    st.floats(0.5, 4),
-    st.sampled_from([2, 3, 2**31 - 1]),
-    st.booleans(),
-    st.sampled_from([1, 20_000]),
-)
-def test_a_crash_anywhere_changes_nothing(scorer, make_threshold, events, actions, limit, room, in_order, per_commit):
+def check(scorer, threshold, events, actions, room, per_commit):
     """Oracle: the same machine that is never killed. Silence closes all in both, at the same committed offset."""
-    if in_order:
-        times = sorted(time for _, _, time in events)
-        events = [(block, name, time) for (block, name, _), time in zip(events, times, strict=True)]
-    threshold = make_threshold(limit, idle_timeout_ms=15)
     checkpoint.PER_COMMIT, before = per_commit, checkpoint.PER_COMMIT
     try:
         machine, silences = Machine(scorer, threshold, events, room), []
@@ -122,6 +113,35 @@ def test_a_crash_anywhere_changes_nothing(scorer, make_threshold, events, action
     calm.read(len(events))
     calm.commit()
     assert by_block(machine.published) == by_block(calm.published)
+    assert machine.topic[DRIFT] == calm.topic[DRIFT]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(event, min_size=1, max_size=80),
+    st.lists(action, max_size=60),
+    st.floats(0.5, 4),
+    st.sampled_from([2, 3, 2**31 - 1]),
+    st.sampled_from([1, 20_000]),
+)
+def test_a_crash_anywhere_changes_nothing(quick_scorer, make_threshold, events, actions, limit, room, per_commit):
+    check(quick_scorer, make_threshold(limit, idle_timeout_ms=15), events, actions, room, per_commit)
+
+
+@pytest.mark.parametrize("network", ["quick_scorer", "varied_scorer"])
+@settings(max_examples=40, deadline=None)
+@given(st.randoms(use_true_random=False), st.sampled_from([2, 3, 2**31 - 1]), st.sampled_from([1, 20_000]))
+def test_many_crashes_in_a_long_history_change_nothing(request, make_threshold, network, random, room, per_commit):
+    names, time, events = ["a", "a", "b", "c", "d", "never seen", None], 0, []
+    for _ in range(random.choice([30, 120])):
+        time += random.choice([0, 1, 2, 20])
+        events.append((random.choice("VWXYZ"), random.choice(names), time - random.choice([0, 0, 5])))
+    actions = []
+    for _ in range(random.choice([10, 60])):
+        kinds = ["commit", "commit", "checkpoint", "hand over", "crash", "silence"]
+        actions += [("read", random.randint(1, 8)), (random.choice(kinds),), (random.choice(kinds),)]
+    threshold = make_threshold(random.choice([1.0, 1.4, 2.5, 4.0, 7.3, 12.0]), idle_timeout_ms=15)
+    check(request.getfixturevalue(network), threshold, events, actions, room, per_commit)
 
 
 def by_block(published):
@@ -197,6 +217,7 @@ sessions = st.integers(0, 60).flatmap(
         revision=st.integers(0, 2**31),
         score=st.floats(0, 100),
         position=st.integers(0, 2**40),
+        level=st.integers(0, 255),
     )
 )
 
@@ -217,7 +238,7 @@ def test_a_typical_record_is_small():
 
 @given(st.binary(max_size=200))
 def test_what_is_no_record_is_refused(record):
-    for read in (SessionState.unpack, Checkpoint.unpack):
+    for read in (SessionState.unpack, Checkpoint.unpack, DriftState.unpack):
         with pytest.raises(DamagedRecordError):
             read(b"\x63" + record)
 

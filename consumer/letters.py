@@ -1,0 +1,25 @@
+"""Dead letters: messages that cannot be decoded, as they were, with why and where from."""
+
+from confluent_kafka import Message
+
+from consumer.delivery import Headers
+
+_BYTES = 500_000
+
+
+def dead_letter(message: Message, reason: str) -> tuple[bytes | None, bytes | None, Headers]:
+    """Return value, key and headers of the dead letter for a message, cut if it is larger than brokers may take."""
+    headers: Headers = [
+        *(message.headers() or []),
+        ("dead_letter.reason", reason.encode("utf-8", "replace")[:1000]),
+        ("dead_letter.topic", message.topic().encode()),
+        ("dead_letter.partition", str(message.partition()).encode()),
+        ("dead_letter.offset", str(message.offset()).encode()),
+        ("dead_letter.timestamp", str(message.timestamp()[1]).encode()),
+    ]
+    key, value = message.key(), message.value()
+    size = sum(len(part or b"") for part in (key, value, *(content for _, content in headers)))
+    if size > _BYTES:  # with its new headers it might be more than the brokers take; the source has it all
+        headers = [*headers[-5:], ("dead_letter.cut_from_bytes", str(size).encode())]
+        key, value = key and key[:1000], value and value[:_BYTES]
+    return value, key, headers
