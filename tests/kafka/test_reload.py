@@ -88,7 +88,8 @@ def test_a_threshold_and_then_a_model_are_taken_without_a_restart(own):
     feed(own, live(71) + half_blocks(["allocate", "receive_start"]))
     path = own.settings.calibration.path
     first = Threshold.load(path)
-    second = dataclasses.replace(first, threshold=first.threshold + 0.5)
+    (minor,) = (level for level in first.levels if level.name == "minor")
+    second = dataclasses.replace(first, levels=(dataclasses.replace(minor, threshold=minor.threshold + 0.5),))
     second.save(path)
     said(f"threshold {second.threshold:g}")
     feed(own, live(72))
