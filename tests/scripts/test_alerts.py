@@ -10,7 +10,7 @@ from scripts.alerts import one_line
 ALERT = msgspec.convert(
     {
         "schema_version": 2, "alert_id": "0" * 32, "revision": 1, "block_id": "blk_[red]1", "reason": "event",
-        "severity": "minor", "score": 5.25, "threshold": 1.5, "strategy": "max", "p_value": 0.01,
+        "severity": "minor", "drift": None, "score": 5.25, "threshold": 1.5, "strategy": "max", "p_value": 0.01,
         "offender": {
             "position": 2, "event_id": "E7", "template": "disk [bold]full", "surprisal": 5.25,
             "expected": [{"event_id": "E9", "template": None, "probability": 0.9}],
