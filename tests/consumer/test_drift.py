@@ -17,7 +17,7 @@ from consumer.settings import DriftSettings
 from consumer.windows import WindowStore
 from model.scoring import GRID, SCREEN_NOISE
 
-DEFAULTS = DriftSettings()
+DEFAULTS = DriftSettings(batch=100)
 
 
 @pytest.fixture(scope="module")
