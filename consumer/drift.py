@@ -44,7 +44,7 @@ MEANING: dict[Question, str] = {
 }
 """What an alarm says, for people."""
 
-_TILTS = (-1.6, -0.8, 0.8, 1.6)
+_TILTS = (-2.0, -1.0, 1.0, 2.0)
 """Bets 1 + e·(p - 1/2), p averaged, on scores that are higher (e < 0) or lower than they were."""
 
 _SPREADS = (-0.45, 0.45)

@@ -179,7 +179,7 @@ class DriftSettings(Section):
 
     enabled: bool = True
     failing_share: float = Field(default=0.05, ge=0, lt=1)
-    batch: int = Field(default=100, ge=1, le=1_000_000)
+    batch: int = Field(default=250, ge=1, le=1_000_000)
     false_alarm_every: int = Field(default=1_000_000, ge=100)
 
 

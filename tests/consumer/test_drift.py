@@ -18,7 +18,7 @@ from consumer.threshold import Certificate, Level
 from consumer.windows import WindowStore
 from model.scoring import GRID, SCREEN_NOISE
 
-DEFAULTS = DriftSettings()
+DEFAULTS = DriftSettings(batch=100)
 
 
 @pytest.fixture(scope="module")
