@@ -8,7 +8,7 @@ sessions themselves give. The same table tells on your own logs which settings t
 import json
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,10 +62,12 @@ def main() -> None:
     if len(held_out) < blocks_needed(QUANTILES[0]):
         raise UserError(f"--held-out: {len(held_out):,} normal sessions are too few; it takes at least "
                         f"{blocks_needed(QUANTILES[0]):,}")  # fmt: skip
-    results = _Trials(settings, training, held_out, arguments).run()
+    results: list[dict[str, Any]] = []
+    for measured in _Trials(settings, training, held_out, arguments).run():
+        results += measured
+        if arguments.json:  # after each training: it takes long, and what is measured is measured
+            arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _show(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 class _Trials:
@@ -82,19 +84,17 @@ class _Trials:
         known = {session.events for session in (*training, *held_out)}
         self._failures = broken(held_out, known, count=_FAILURES, seed=_FAILURES_SEED)
 
-    def run(self) -> list[dict[str, Any]]:
-        """Return the measures of each variant, strategy and seed."""
-        results: list[dict[str, Any]] = []
-        for name in self._arguments.only:
-            for seed in range(1, self._arguments.seeds + 1):
+    def run(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield the measures of each training, one item a strategy; all variants with one seed, then with the next."""
+        for seed in range(1, self._arguments.seeds + 1):
+            for name in self._arguments.only:
                 bundle, seconds = self._train(name, seed)
                 strategies: Sequence[Strategy] = get_args(Strategy) if name == "as configured" else ("max",)
-                results += [
+                yield [
                     {"variant": name, "strategy": strategy, "seed": seed, "training_seconds": round(seconds, 1),
                      **self._measure(bundle, strategy)}
                     for strategy in strategies
                 ]  # fmt: skip
-        return results
 
     def _train(self, name: str, seed: int) -> tuple[Bundle, float]:
         change = {section: dict(values) for section, values in VARIANTS[name].items()}
