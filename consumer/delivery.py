@@ -180,7 +180,11 @@ class ExactlyOnce(Delivery):
         """Add state records and offsets to the transaction and commit it."""
         self._begin()
         self._send_records(records)
-        group = consumer.consumer_group_metadata()
+        try:
+            group = consumer.consumer_group_metadata()
+        except RuntimeError as error:  # so says the binding once the client is out of its group, on the way out
+            self.abort()
+            raise TransactionAborted(str(error)) from None
         self._call(lambda: self._producer.send_offsets_to_transaction(list(offsets), group, _CALL_SECONDS))
         come_by("before_commit")
         if come_by("abort"):

@@ -227,6 +227,20 @@ def test_brokers_away_for_longer_than_a_group_or_a_transaction_lives(line, tmp_p
         own.down(purge=True)
 
 
+def test_whoever_is_out_of_the_group_commits_nothing(line):
+    made = line()
+    made.consume_all()  # creates the topics
+    alerts, events = made.settings.topics.alerts, made.settings.topics.events
+    gone = Consumer({"bootstrap.servers": made.bootstrap, "group.id": made.name, "log_level": 0})
+    gone.close()
+    delivery = delivery_for(made.settings, Patience())
+    delivery.send(alerts, b"not to be seen", b"A", [])
+    with pytest.raises(TransactionAborted):
+        delivery.commit(gone, [TopicPartition(events, 0, 0)], [])
+    delivery.close()
+    assert made.read(alerts) == []
+
+
 def test_a_call_that_never_returns_costs_the_producer_and_its_transaction_only(line, monkeypatch):
     """librdkafka's issue 5511: after some restarts of brokers it waits for a coordinator that it has forgotten."""
 
