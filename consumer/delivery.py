@@ -43,7 +43,9 @@ _FENCED = {
     KafkaError.INVALID_PRODUCER_ID_MAPPING,
     KafkaError.UNKNOWN_PRODUCER_ID,
     KafkaError.PRODUCER_FENCED,
+    KafkaError.INVALID_TXN_STATE,
 }
+"""The brokers have ended the transaction, or the producer's right to it, without being asked."""
 
 
 class TransactionAborted(Exception):  # noqa: N818 - it names what happened

@@ -8,7 +8,7 @@ from random import Random
 from threading import Event, Thread
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from consumer.delivery import TransactionAborted, delivery_for
@@ -239,6 +239,36 @@ def test_whoever_is_out_of_the_group_commits_nothing(line):
         delivery.commit(gone, [TopicPartition(events, 0, 0)], [])
     delivery.close()
     assert made.read(alerts) == []
+
+
+@pytest.mark.parametrize("code", [KafkaError.INVALID_TXN_STATE, KafkaError.PRODUCER_FENCED])
+def test_a_transaction_that_the_brokers_ended_costs_the_producer_only(line, code):
+    class Ended:
+        def __init__(self, producer):
+            self.producer = producer
+
+        def __getattr__(self, name):
+            return getattr(self.producer, name)
+
+        def commit_transaction(self, *_):
+            self.producer.abort_transaction(10)
+            raise KafkaException(KafkaError(code, "too late", fatal=True))
+
+    made = line()
+    made.consume_all()  # creates the topics
+    alerts, events = made.settings.topics.alerts, made.settings.topics.events
+    group = Consumer({"bootstrap.servers": made.bootstrap, "group.id": made.name, "log_level": 0})
+    delivery = delivery_for(made.settings, Patience())
+    offsets = [TopicPartition(events, 0, 0)]
+    delivery._producer = Ended(delivery._producer)
+    delivery.send(alerts, b"not to be seen", b"A", [])
+    with pytest.raises(TransactionAborted):
+        delivery.commit(group, offsets, [])
+    delivery.send(alerts, b"seen", b"A", [])
+    delivery.commit(group, offsets, [])
+    delivery.close()
+    group.close()
+    assert [found.value() for found in made.read(alerts)] == [b"seen"]
 
 
 def test_a_call_that_never_returns_costs_the_producer_and_its_transaction_only(line, monkeypatch):
