@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from consumer.detector import Detector
 from consumer.events import CLOCK, TOMBSTONE, EventBatch
+from consumer.kernel import NO_WATERMARK
 from consumer.records import (
     BLOCK,
     CHECKPOINT,
@@ -37,10 +38,6 @@ Record = tuple[bytes, bytes | None]
 
 PER_COMMIT = 20_000
 """Sessions that a checkpoint writes with one commit at most, so that no commit takes long."""
-
-
-_NO_WATERMARK = -(2**62)
-"""Earlier than any event: the watermark before the first one."""
 
 
 @dataclass
@@ -141,7 +138,7 @@ class Checkpointer:
         self._pending: deque[int] = deque()
         self._next: Checkpoint | None = None
         self._begun_at: int | None = recovered.checkpoint.offset if recovered.checkpoint else None
-        self._first = None if recovered.checkpoint else Checkpoint(start, _NO_WATERMARK, group)
+        self._first = None if recovered.checkpoint else Checkpoint(start, NO_WATERMARK, group)
 
     def records(self, position: int, *, begin: bool = False, finish: bool = False) -> Iterator[Record]:
         """Yield the records that belong to the commit of the input offset `position`.

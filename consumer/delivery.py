@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from consumer.faultpoints import come_by
-from consumer.patience import Patience, is_passing
+from consumer.patience import HOPELESS, Patience, is_passing
 from consumer.settings import Settings
 from model.errors import UserError
 
@@ -46,6 +46,10 @@ _FENCED = {
     KafkaError.INVALID_TXN_STATE,
 }
 """The brokers have ended the transaction, or the producer's right to it, without being asked."""
+
+
+_REFUSED_FOR_GOOD = HOPELESS | {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_RECORD}
+"""The same message would be refused again, and with it the transaction."""
 
 
 class TransactionAborted(Exception):  # noqa: N818 - it names what happened
@@ -240,10 +244,14 @@ class ExactlyOnce(Delivery):
 
     def _fail(self, error: KafkaError) -> None:
         """Raise what `error` means; afterwards no transaction is open."""
+        refused, self._refused = self._refused, None
         if error.fatal() or error.code() in _FENCED:
             self._go_on_after(error)
         else:
             self.abort()
+        for cause in filter(None, (refused, error)):
+            if cause.code() in _REFUSED_FOR_GOOD:
+                raise UserError(f"kafka: a message is refused: {cause.str()}; see to rights and max.message.bytes")
         raise TransactionAborted(error.str())
 
     def _go_on_after(self, error: KafkaError) -> None:

@@ -27,6 +27,7 @@ MAX_ID_BYTES = 1024
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
+_EARLIEST = -62_135_596_800_000  # the first millisecond of the year 1
 _LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
 
 
@@ -139,7 +140,10 @@ def _milliseconds(moment: datetime | float) -> int:
     if isinstance(moment, datetime):
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=UTC)
-        return (moment - _EPOCH) // _MILLISECOND
+        milliseconds = (moment - _EPOCH) // _MILLISECOND
+        if milliseconds < _EARLIEST:  # 0001-01-01T00:00:00+01:00: no alert could write it in UTC
+            raise Undecodable("the timestamp lies before the year 1")
+        return milliseconds
     if not 0 <= moment <= _LATEST:
         raise Undecodable("the timestamp is not between the years 1970 and 9999 in milliseconds")
     return int(moment)

@@ -12,12 +12,13 @@ NONE = -1
 OLDEST, NEWEST, OPEN = range(3)
 """Places in the roster: the session longest silent, the latest one, and how many are open."""
 
-NEVER = np.iinfo(np.int64).min
-"""A watermark before the first event."""
+NO_WATERMARK = -(2**62)
+"""The watermark before the first event: earlier than any."""
 
 SESSION = np.dtype(
     [
         ("count", np.int64),  # events so far; 0: the row holds no open session
+        ("lost", np.int64),  # the first so many events are not in the row, though there would be room for them
         ("seen", np.int64),  # the watermark at the last event
         ("first_offset", np.int64),
         ("first_time", np.int64),
@@ -92,13 +93,14 @@ def advance(
             _close(sessions, roster, slot)
             continue
         if session.count == 0:
-            if roster[OPEN] == limit:
+            if roster[OPEN] >= limit:
                 oldest = roster[OLDEST]
                 _look(sessions, tokens, offsets, times, oldest, True, True, facts, rows, row_offsets, row_times, filled)
                 filled += 1
                 _close(sessions, roster, oldest)
             session.first_offset = in_offset[i]
             session.first_time = in_time[i]
+            session.lost = 0
             session.unsaved = NONE
         else:
             _unlink(sessions, roster, slot)
@@ -171,7 +173,7 @@ def _look(
     """Write the look at `slot` into place `at` of the look columns."""
     window = tokens.shape[1]
     session = sessions[slot]
-    length = min(session.count, window)
+    length = min(session.count - session.lost, window)
     begin = session.count - length
     row = rows[at]
     row[0] = BOS

@@ -169,10 +169,10 @@ class MetricsServer:
 
         try:
             self._server = make_server(host, int(port), app, _Server, _Silent)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise UserError(
-                f"metrics.listen: {listen} cannot be had ({error.strerror or error}); name another port, "
-                "each consumer on a machine needs its own, or null for no metrics"
+                f"metrics.listen: {listen} cannot be had ({getattr(error, 'strerror', None) or error}); name another "
+                "port, each consumer on a machine needs its own, or null for no metrics"
             ) from None
         self.address = f"{host}:{self._server.server_port}"
         Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()

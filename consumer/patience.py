@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from threading import Event, Thread
 from typing import NoReturn
 
@@ -62,6 +63,10 @@ def is_passing(error: KafkaError) -> bool:
     return error.retriable() or error.code() in _PASSING
 
 
+def _do_nothing() -> None:
+    pass
+
+
 class Patience:
     """Shared by all that talk to the brokers.
 
@@ -71,6 +76,7 @@ class Patience:
 
     def __init__(self) -> None:
         self.uncommitted = 0
+        self.call_while_waiting(_do_nothing)
         self._stop = Event()
         self._heard = 0.0
         self._said: dict[int, float] = {}
@@ -80,6 +86,10 @@ class Patience:
     def stop_asked(self) -> bool:
         """Whether the process is to end."""
         return self._stop.is_set()
+
+    def call_while_waiting(self, beat: Callable[[], None]) -> None:
+        """Have `beat` called again and again: a process that waits for brokers is alive."""
+        self._beat = beat
 
     def heard(self) -> None:
         """Note that the brokers do what they are asked."""
@@ -98,6 +108,7 @@ class Patience:
         Raises:
             UserError: a client met something that waiting does not mend.
         """
+        self._beat()
         if self._hopeless:
             raise UserError(self._hopeless)
 

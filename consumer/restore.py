@@ -10,12 +10,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from consumer.checkpoint import Recovered, Replay, recover
 from consumer.faultpoints import come_by
 from consumer.patience import Patience, is_passing
-from consumer.records import DamagedRecordError
 from consumer.settings import Settings
 from consumer.topics import check_state_topic
 from model.errors import UserError
@@ -81,7 +81,7 @@ class Restorer:
         where = f"{topic}/{partition}"
         try:
             recovered = recover(records, vocabulary)
-        except (DamagedRecordError, KeyError) as error:
+        except (KeyError, IndexError, ValueError, msgspec.MsgspecError) as error:
             raise UserError(
                 f"{self._settings.topics.state}/{partition}: the stored windows cannot be read ({error}); "
                 "delete the topic to start with empty windows"

@@ -69,8 +69,10 @@ class Service:
         self._failure: str | None = None
         self._joined = False
         self._recovery_due = False
+        self._astray: set[int] = set()
         self._checkpoint_at = 0.0
         self._metrics = Metrics()
+        patience.call_while_waiting(self._metrics.beat)
         self.messages = self.alerts = self.dead_letters = 0
 
     def run(self) -> None:
@@ -93,9 +95,10 @@ class Service:
         self._delivery = delivery_for(self._settings, self._patience)
         try:
             self._consumer = Consumer(
-                {"auto.offset.reset": "earliest", "log_level": 2}
+                {"log_level": 2}
                 | self._settings.kafka.for_consumer()
                 | {
+                    "auto.offset.reset": "error",  # never jump in silence: the restorer finds out where to go on
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,
                     "isolation.level": "read_committed",
@@ -134,10 +137,7 @@ class Service:
         while not self._patience.stop_asked:
             self._metrics.beat()
             try:
-                messages = self._consumer.consume(scoring.max_batch, wait)
-                if messages:
-                    with self._metrics.batch_seconds.time():
-                        self._take(messages)
+                self._read(wait)
                 self._close_silent()
                 self._delivery.poll()
                 self._raise_failure()
@@ -162,6 +162,15 @@ class Service:
             if now >= report_at:
                 log.info("%s", self.summary())
                 report_at = now + _REPORT_SECONDS
+
+    def _read(self, seconds: float) -> None:
+        """Judge what comes in before the batch is full or the time is over."""
+        messages = self._consumer.consume(self._settings.scoring.max_batch, seconds)
+        if self._recovery_due:  # a callback lost the transaction: memory is ahead of what is committed
+            self._recover()  # and the messages will be read again
+        elif messages:
+            with self._metrics.batch_seconds.time():
+                self._take(messages)
 
     def summary(self) -> str:
         """Return where things stand, in a line."""
@@ -213,7 +222,7 @@ class Service:
         now = time.monotonic()
         for message in messages:
             if message.error():
-                self._on_message_error(message.error())
+                self._on_message_error(message.error(), message.partition())
                 continue
             partition, offset = message.partition(), message.offset()
             assigned = self._assigned.get(partition)
@@ -360,16 +369,24 @@ class Service:
         self._patience.uncommitted = 0
         for partition in list(self._assigned):
             where = self._begin(partition)
-            deadline = time.monotonic() + 10
-            while True:
-                try:
-                    self._consumer.seek(where)
-                except KafkaException as error:
-                    if time.monotonic() > deadline:
-                        raise UserError(f"kafka: cannot go back to {where}: {error.args[0].str()}") from None
-                    time.sleep(0.05)
-                else:
-                    break
+            if partition in self._astray:  # nothing is fetched there any more, and a seek would not change that
+                self._consumer.incremental_unassign([where])
+                self._consumer.incremental_assign([where])
+            else:
+                self._seek(where)
+        self._astray.clear()
+
+    def _seek(self, where: TopicPartition) -> None:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                self._consumer.seek(where)
+            except KafkaException as error:
+                if time.monotonic() > deadline:
+                    raise UserError(f"kafka: cannot go back to {where}: {error.args[0].str()}") from None
+                time.sleep(0.05)
+            else:
+                return
 
     def _on_assign(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
@@ -416,11 +433,18 @@ class Service:
         if self._failure:
             raise UserError(self._failure)
 
-    def _on_message_error(self, error: KafkaError) -> None:
-        if error.code() in HOPELESS:
+    def _on_message_error(self, error: KafkaError, partition: int) -> None:
+        if error.code() in HOPELESS or error.code() == KafkaError._FATAL:  # noqa: SLF001 - librdkafka's own
             self._failure = f"{self._topic}: {error.str()}"
-        else:
-            log.warning("%s: %s", self._topic, error.str())
+            return
+        log.warning("%s: %s", self._topic, error.str())
+        if error.code() in _LOST_PLACE:
+            self._astray.add(partition)
+            self._recovery_due = True
+
+
+_LOST_PLACE = {KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION}  # noqa: SLF001
+"""The offset to be read next is not in the topic: it was cut, or made anew."""
 
 
 def _numbers(partitions: Iterable[TopicPartition]) -> str:

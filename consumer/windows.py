@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consumer.events import CLOCK, TOMBSTONE, EventBatch
-from consumer.kernel import LOOK, NEVER, NONE, SESSION, advance, link_newest, rise
+from consumer.kernel import LOOK, NO_WATERMARK, NONE, SESSION, advance, link_newest, rise
 from consumer.records import SessionState
 from model.vocabulary import UNK
 
@@ -83,7 +83,7 @@ class WindowStore:
         self._roster = np.array([NONE, NONE, 0], np.int32)  # oldest, newest, open
         self._departed: list[Departed] = []
         self._urgent: set[int] = set()
-        self._clock = np.array([NEVER], np.int64)
+        self._clock = np.array([NO_WATERMARK], np.int64)
         self._looks: Looks | None = None
 
     @property
@@ -94,7 +94,7 @@ class WindowStore:
     @property
     def watermark(self) -> int | None:
         """Largest event time seen, in milliseconds; None before the first event."""
-        return None if self._clock[0] == NEVER else int(self._clock[0])
+        return None if self._clock[0] <= NO_WATERMARK else int(self._clock[0])
 
     def block(self, slot: int) -> str:
         """Return the block id of a look's slot."""
@@ -135,7 +135,7 @@ class WindowStore:
         """Return the open session of a slot, without what its alerts said."""
         session = self._sessions[slot]
         count = int(session["count"])
-        length = min(count, self._window)
+        length = min(count - int(session["lost"]), self._window)
         ring = np.arange(count - length, count) % self._window
         return SessionState(
             count=count,
@@ -168,6 +168,7 @@ class WindowStore:
                 session[name] = getattr(state, name)
             session["unsaved"], session["saved"] = NONE, True
             length = min(len(state.tokens), self._window)
+            session["lost"] = state.count - length  # stored with a smaller window than today's, it has no more
             ring = np.arange(state.count - length, state.count) % self._window
             for column, values in (
                 (self._tokens, state.tokens),

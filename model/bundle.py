@@ -16,7 +16,7 @@ from model.errors import UserError
 from model.network import Autoencoder, Shape
 from model.vocabulary import Vocabulary
 
-FORMAT = 2
+FORMAT = 1
 """Version of the folder's layout."""
 
 _WEIGHTS, _FACTS = "weights.safetensors", "model.json"

@@ -14,7 +14,6 @@ class Shape:
     """Hyper-parameters that fix the network's weights.
 
     `window` counts events; with BOS in front and END behind, the network sees up to `positions` tokens.
-    `occurrences` is how far it counts events of one kind; 0: it does not.
     """
 
     vocabulary: int
@@ -23,7 +22,6 @@ class Shape:
     heads: int
     layers: int
     feedforward: int
-    occurrences: int
 
     @property
     def positions(self) -> int:
@@ -72,9 +70,6 @@ class Autoencoder(nn.Module):
 
     It is trained to undo random replacements (`model.training`); what it gives back at a position is the
     posterior over the event that belongs there, given the whole window and the event that was shown.
-
-    An event is embedded by what it is, where it stands, and which one of its kind it is in the window (the first,
-    the second …): attention averages, so a network without that number cannot count.
     """
 
     def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
@@ -82,21 +77,17 @@ class Autoencoder(nn.Module):
         self.shape = shape
         self.token = nn.Embedding(shape.vocabulary, shape.width)
         self.position = nn.Embedding(shape.positions, shape.width)
-        self.occurrence = nn.Embedding(shape.occurrences + 1, shape.width)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(Layer(shape, dropout) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width)
         self.bias = nn.Parameter(torch.zeros(shape.vocabulary))
-        for embedding in (self.token, self.position, self.occurrence):
+        for embedding in (self.token, self.position):
             nn.init.normal_(embedding.weight, std=shape.width**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, L), filled up with PAD, to logits (B, L, V)."""
         real = (tokens != PAD)[:, None, None, :]  # (B, 1, 1, L)
-        same = (tokens[:, :, None] == tokens[:, None, :]).tril()  # (B, L, L): of one kind, itself or before it
-        number = same.sum(-1).clamp(max=self.shape.occurrences)  # (B, L)
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]] + self.occurrence(number)  # (B, L, D)
-        x = self.dropout(x)
+        x = self.dropout(self.token(tokens) + self.position.weight[: tokens.shape[1]])  # (B, L, D)
         for layer in self.layers:
             x = layer(x, real)
         return F.linear(self.norm(x), self.token.weight, self.bias)  # (B, L, V)

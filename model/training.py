@@ -47,12 +47,10 @@ def train(
     torch.manual_seed(training.seed)
     random = np.random.default_rng(training.seed)
     windows = TrainingWindows(sessions, vocabulary=vocabulary, window=model.window, swaps=training.swaps)
-    shape = Shape(
-        vocabulary, model.window, model.width, model.heads, model.layers, model.feedforward, model.occurrences
-    )
+    shape = Shape(vocabulary, model.window, model.width, model.heads, model.layers, model.feedforward)
     network = Autoencoder(shape, training.dropout).to(device).train()
     average = copy.deepcopy(network).eval()
-    parts = _PARTS_CPU if device.type == "cpu" else 1
+    parts = min(_PARTS_CPU, training.batch_size) if device.type == "cpu" else 1
     steps = training.epochs * -(-len(sessions) // training.batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

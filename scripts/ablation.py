@@ -36,7 +36,6 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "as configured": {},
     "same noise in every window": {"training": {"corruption": (0.1, 0.1)}},
     "no reordering": {"training": {"swaps": 0.0}},
-    "no occurrence numbers": {"model": {"occurrences": 0}},
     "no average of weights": {"training": {"averaging": 0.0}},
     "no dropout": {"training": {"dropout": 0.0}},
     "one layer": {"model": {"layers": 1}},

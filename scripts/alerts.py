@@ -42,9 +42,9 @@ def _print(settings: Settings, arguments: Namespace) -> None:
             print(value.decode(), flush=arguments.follow)
     elif arguments.follow:
         for value in values:
-            console.print(one_line(_decode(value)), soft_wrap=True)
+            console.print(one_line(decode(value)), soft_wrap=True)
     else:
-        alerts = [_decode(value) for value in values]
+        alerts = [decode(value) for value in values]
         table = Table(title=f"{len(alerts):,} alerts in {settings.topics.alerts}")
         for heading, most in (
             ("time", 10),
@@ -125,7 +125,12 @@ def read_alerts(settings: Settings, *, follow: bool = False) -> Iterator[bytes]:
         reader.close()
 
 
-def _decode(value: bytes) -> Alert:
+def decode(value: bytes) -> Alert:
+    """Read a published alert.
+
+    Raises:
+        UserError: another version of this program wrote it.
+    """
     try:
         return msgspec.json.decode(value, type=Alert)
     except msgspec.DecodeError as error:

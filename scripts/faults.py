@@ -27,7 +27,7 @@ from rich.table import Table
 
 from consumer.faultpoints import PLACES
 from consumer.patience import NOT_COMMITTED
-from consumer.settings import Settings, load_settings
+from consumer.settings import Settings, load_settings, milliseconds
 from consumer.topics import TopicSpec, ensure_topics, require_topic
 from model.cli import argument_parser, console, run
 from model.errors import UserError
@@ -162,6 +162,7 @@ class _Trial:
             "model": {"path": str(given.model.path.resolve())},
             "calibration": {"path": str(given.calibration.path.resolve())},
             "scoring": {"every": given.scoring.every},
+            "windows": {"idle_timeout": f"{milliseconds(given.windows.idle_timeout)}ms"},
             "delivery": given.delivery,
             "checkpoint": {"interval": "2s"},
         }

@@ -12,11 +12,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import msgspec
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from rich.table import Table
 
-from consumer.alerts import Alert
 from consumer.artifacts import Artifacts
 from consumer.events import Decoder, EventBatch, Undecodable
 from consumer.history import TopicHistory
@@ -25,7 +23,7 @@ from consumer.settings import Settings, load_settings
 from consumer.topics import require_topic
 from model.cli import argument_parser, console, progress_bar, run
 from model.errors import UserError
-from scripts.alerts import TopicReader, read_alerts
+from scripts.alerts import TopicReader, decode, read_alerts
 
 Key = tuple[str, int]
 """Alert id and revision: what makes an alert one."""
@@ -101,7 +99,7 @@ def _compare(
     seen: Counter[Key] = Counter()
     different = extra = not_compared = 0
     for value in published:
-        alert = msgspec.json.decode(value, type=Alert)
+        alert = decode(value)
         if alert.source.last_offset >= committed.get(alert.source.partition, 0):
             continue  # committed after this comparison began
         key = (alert.alert_id, alert.revision)

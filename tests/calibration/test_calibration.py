@@ -59,7 +59,7 @@ def test_the_blocks_needed_are_the_fewest_that_do(q, needed):
 def scorer():
     torch.manual_seed(5)
     vocabulary = Vocabulary(tuple("abc"))
-    return Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 4, 16, 2, 1, 16, 4)).eval(), vocabulary))
+    return Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 4, 16, 2, 1, 16)).eval(), vocabulary))
 
 
 sessions = st.lists(

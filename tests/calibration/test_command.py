@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     write(simulate(400, 0.0, 3), HDFS, folder)
     write(simulate(60, 1.0, 4), HDFS, folder / "failing")
     vocabulary = Vocabulary.of(session.events for session in simulate(50, 0.0, 5).sessions())
-    Bundle(Autoencoder(Shape(len(vocabulary), 50, 16, 2, 1, 16, 4)).eval(), vocabulary).save(folder / "model")
+    Bundle(Autoencoder(Shape(len(vocabulary), 50, 16, 2, 1, 16)).eval(), vocabulary).save(folder / "model")
     settings = {
         "device": "cpu",
         "model": {"path": str(folder / "model")},

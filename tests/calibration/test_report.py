@@ -44,7 +44,7 @@ class Page(HTMLParser):
 def scorer():
     torch.manual_seed(5)
     vocabulary = Vocabulary(("a", "b", HOSTILE), {"a": "template of a", HOSTILE: HOSTILE})
-    network = Autoencoder(Shape(len(vocabulary), 30, 16, 2, 1, 16, 4)).eval()
+    network = Autoencoder(Shape(len(vocabulary), 30, 16, 2, 1, 16)).eval()
     with torch.no_grad():
         network.bias[UNK] = -8
     return Scorer(Bundle(network, vocabulary))

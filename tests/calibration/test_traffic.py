@@ -28,7 +28,7 @@ LATER = 10**12
 def scorer():
     torch.manual_seed(5)
     vocabulary = Vocabulary(tuple("abc"))
-    return Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 4, 16, 2, 1, 16, 4)).eval(), vocabulary))
+    return Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 4, 16, 2, 1, 16)).eval(), vocabulary))
 
 
 def records_of(stream, first_offset=0):

@@ -18,7 +18,7 @@ def bundle():
     """An untrained network that finds END and UNK surprising; its scores are as exact as a trained one's."""
     torch.manual_seed(7)
     vocabulary = Vocabulary(("a", "b", "c", "d"), {"a": "template of a"})
-    network = Autoencoder(Shape(len(vocabulary), WINDOW, 16, 2, 1, 16, 4)).eval()
+    network = Autoencoder(Shape(len(vocabulary), WINDOW, 16, 2, 1, 16)).eval()
     with torch.no_grad():
         network.bias[[END, UNK]] = -8  # as after training: rarely expected
     return Bundle(network, vocabulary)

@@ -88,6 +88,7 @@ def test_field_names_are_configurable():
         (None, encoded(timestamp=10**30), "not between the years"),
         (None, encoded(timestamp=float("nan")), "not an event"),
         (None, encoded(timestamp=float("inf")), "not an event"),
+        (None, encoded(timestamp="0001-01-01T00:00:00+01:00"), "before the year 1"),
         (None, encoded(timestamp="NaN"), "timestamp"),
         (None, encoded(block_id=""), "block id is empty"),
         (None, encoded(event_id=""), "event id is empty"),

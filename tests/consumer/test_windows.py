@@ -204,3 +204,32 @@ def test_a_session_lives_its_idle_timeout_after_its_last_event_arrived(lateness)
     assert not closing.any()
     assert store.open_blocks == 2
     assert store.watermark == 110
+
+
+def test_a_larger_window_than_was_stored_shows_what_there_is():
+    """A new model may look further back; the events that only it would have kept are gone."""
+    small, large = (WindowStore(window=window, every=1, idle_timeout=IDLE) for window in (3, 6))
+    tokens = [4, 5, 6, 7, 8]
+    batch = EventBatch(["A"] * 5, tokens, [0] * 5, list(range(5)))
+    for _ in small.apply(batch):
+        pass
+    (slot,) = small.unsaved()
+    large.restore([("A", small.snapshot(slot))], 0, 5)
+    more = EventBatch(["A"] * 5, [9, 10, 11, 12, 13], [0] * 5, list(range(5, 10)))
+    shown = [item["tokens"][1:] for item in seen(large, large.apply(more))]
+    everything = [*tokens, 9, 10, 11, 12, 13]
+    assert shown == [everything[max(2, end - 6) : end] for end in range(6, 11)]
+    (slot,) = large.unsaved()
+    assert large.snapshot(slot).tokens.tolist() == everything[-6:]
+
+
+def test_a_limit_below_what_was_stored_lets_nothing_more_in():
+    before = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
+    names = [f"b{number}" for number in range(10)]
+    for _ in before.apply(EventBatch(names, [4] * 10, [0] * 10, list(range(10)))):
+        pass
+    after = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE, limit=3)
+    after.restore([(before.block(slot), before.snapshot(slot)) for slot in before.unsaved()], 0, 10)
+    for _ in after.apply(EventBatch([f"n{number}" for number in range(20)], [4] * 20, [0] * 20, list(range(10, 30)))):
+        pass
+    assert after.open_blocks <= 10

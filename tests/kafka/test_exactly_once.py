@@ -366,6 +366,7 @@ def test_events_deleted_before_they_were_needed_are_noticed(line):
             future.result()
 
     delete_up_to(30)
+    made.produce([(*message("B", "x", 20), 0)])  # when this one is committed, all is caught up, and a stop checkpoints
     process = made.consume_all()
     said = process.log.read_text()
     assert f"{topic}/0: events 20 to 29 are gone from the topic: windows may lack them" in said
@@ -375,10 +376,21 @@ def test_events_deleted_before_they_were_needed_are_noticed(line):
     delete_up_to(50)
     process = made.consume_all()
     said = process.log.read_text()
-    assert f"{topic}/0: events 40 to 49 were deleted before they were read and cannot be judged" in said
+    assert f"{topic}/0: events 41 to 49 were deleted before they were read and cannot be judged" in said
     assert "windows may lack them" not in said
     alerts = [json.loads(found.value()) for found in made.read(made.settings.topics.alerts)]
     assert {alert["source"]["first_offset"] for alert in alerts if alert["block_id"] == "C"} == {50}
+
+    process = made.start_consumer()
+    joined(made, process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1)  # longer than brokers hold a request: none is under way
+    made.produce([(*message("D", "x", 60), 0) for _ in range(20)])
+    delete_up_to(70)
+    process.send_signal(signal.SIGCONT)
+    made.wait_for(lambda: made.lag() == 0, what="going on behind the gap")
+    made.stop(process)
+    assert f"{topic}/0: events 61 to 69 were deleted before they were read" in process.log.read_text()
 
 
 def test_garbage_costs_neither_the_good_events_nor_memory(line):

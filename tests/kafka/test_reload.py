@@ -39,7 +39,7 @@ def other_model():
     sessions = simulate(100, 0.0, 2).sessions()
     known = {event for session in sessions for event in session.events} - {"verified"}
     vocabulary = Vocabulary(tuple(sorted(known, reverse=True)))
-    network = Autoencoder(Shape(len(vocabulary), 50, 16, 2, 1, 16, 4)).eval()
+    network = Autoencoder(Shape(len(vocabulary), 50, 16, 2, 1, 16)).eval()
     with torch.no_grad():
         network.bias[UNK] = -8  # as after training: rarely expected
     bundle = Bundle(network, vocabulary)

@@ -17,7 +17,7 @@ ROW = np.array([[BOS, 4, 5, 4, PAD, PAD, PAD, PAD]], np.uint16)
 def bundle():
     torch.manual_seed(2)
     vocabulary = Vocabulary(("a", "b"), {"a": "template of a"})
-    return Bundle(Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16, 4)).eval(), vocabulary, {"sessions": 3})
+    return Bundle(Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16)).eval(), vocabulary, {"sessions": 3})
 
 
 def test_a_bundle_comes_back_as_it_was(bundle, tmp_path):

@@ -18,7 +18,7 @@ WINDOW = 12
 def bundle():
     torch.manual_seed(11)
     vocabulary = Vocabulary(tuple("abcdef"))
-    return Bundle(Autoencoder(Shape(len(vocabulary), WINDOW, 16, 4, 2, 32, 6)).eval(), vocabulary)
+    return Bundle(Autoencoder(Shape(len(vocabulary), WINDOW, 16, 4, 2, 32)).eval(), vocabulary)
 
 
 looks = st.tuples(st.lists(st.integers(3, 9), min_size=1, max_size=WINDOW), st.booleans())
@@ -94,7 +94,7 @@ def test_many_windows_of_all_lengths_come_back_in_their_places(bundle):
 
 def test_a_large_vocabulary_makes_smaller_passes_not_larger_memory():
     vocabulary = Vocabulary(tuple(f"e{number}" for number in range(30_000)))
-    network = Autoencoder(Shape(len(vocabulary), WINDOW, 4, 1, 1, 4, 2)).eval()
+    network = Autoencoder(Shape(len(vocabulary), WINDOW, 4, 1, 1, 4)).eval()
     passes = []
     network.register_forward_hook(lambda *arguments: passes.append(arguments[-1].numel()))
     rows = np.tile(rows_of([([4, 5, 6], False)]), (1000, 1))

@@ -20,7 +20,7 @@ def parts():
     torch.manual_seed(3)
     random = np.random.default_rng(3)
     vocabulary = Vocabulary(("a", "b", "c"))
-    scorer = Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 5, 16, 2, 1, 16, 4)).eval(), vocabulary))
+    scorer = Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 5, 16, 2, 1, 16)).eval(), vocabulary))
 
     def sessions(count, events, anomalous):
         return [

@@ -1,0 +1,137 @@
+"""The order of the service's steps, with Kafka's part played by hand: what no real broker does on demand."""
+
+import json
+import time
+from datetime import timedelta
+
+import pytest
+from confluent_kafka import TopicPartition
+
+from consumer.artifacts import Artifacts
+from consumer.checkpoint import Recovered, Replay
+from consumer.delivery import TransactionAborted
+from consumer.patience import Patience
+from consumer.restore import Start
+from consumer.service import Service
+from consumer.settings import CommitSettings, Settings
+
+
+class Message:
+    def __init__(self, partition, offset, block):
+        self._place = partition, offset
+        self._block = block
+
+    def error(self):
+        return None
+
+    def partition(self):
+        return self._place[0]
+
+    def offset(self):
+        return self._place[1]
+
+    def key(self):
+        return self._block.encode()
+
+    def value(self):
+        return json.dumps({"block_id": self._block, "event_id": "never seen", "timestamp": 1000}).encode()
+
+    def timestamp(self):
+        return 1, 2000
+
+
+class Delivery:
+    """A transaction in memory; the next commit fails if told to."""
+
+    def __init__(self):
+        self.pending, self.visible, self.committed = [], [], {}
+        self.fails = False
+
+    def send(self, topic, _, key, __, ___=-1):
+        self.pending.append((topic, key))
+
+    def poll(self):
+        pass
+
+    def abort(self):
+        self.pending.clear()
+
+    def commit(self, _, offsets, records):
+        list(records)
+        sent, self.pending = self.pending, []
+        if self.fails:
+            self.fails = False
+            raise TransactionAborted("fenced")
+        self.visible += sent
+        self.committed |= {place.partition: place.offset for place in offsets}
+
+
+class Script:
+    """A group's consumer: each call of consume plays the next scene."""
+
+    def __init__(self, *scenes):
+        self._scenes = iter(scenes)
+        self.sought = []
+
+    def consume(self, *_):
+        return next(self._scenes)() or []
+
+    def incremental_assign(self, _):
+        pass
+
+    def incremental_unassign(self, _):
+        pass
+
+    def get_watermark_offsets(self, *_, **__):
+        return 0, 10
+
+    def seek(self, place):
+        self.sought.append((place.partition, place.offset))
+
+
+@pytest.fixture
+def service(bundle, make_threshold):
+    settings = Settings(commit=CommitSettings(interval=timedelta(milliseconds=300)))
+    made = Service(settings, Artifacts(bundle, make_threshold(3.0)), Patience())
+    made._delivery = Delivery()
+
+    class Restorer:
+        @staticmethod
+        def start(partition, _):
+            offset = made._delivery.committed.get(partition, 0)
+            return Start(offset, Recovered(), Replay(offset, {}), [])
+
+    made._restorer = Restorer
+    return made
+
+
+def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_that_stay(service):
+    """What the failed commit was to publish is gone from memory: it is read again before anything is committed."""
+    delivery = service._delivery
+    places = [TopicPartition("log-events", number) for number in (0, 1)]
+
+    def assign():
+        service._on_assign(consumer, places)
+
+    def events():
+        return [Message(0, 0, "x"), Message(1, 0, "y")]
+
+    def revoke():
+        delivery.fails = True
+        service._on_revoke(consumer, places[1:])
+        time.sleep(0.4)  # the next commit falls due
+        return [Message(0, 1, "x")]  # read ahead by the client: too early, since 0 has to come again
+
+    def again():
+        assert delivery.committed.get(0, 0) == 0
+        return [Message(0, 0, "x")]
+
+    def commit():
+        service._commit()
+        service._patience._stop.set()
+
+    consumer = service._consumer = Script(assign, events, revoke, again, commit)
+    service._loop()
+    assert consumer.sought == [(0, 0)]
+    assert delivery.committed == {0: 1}
+    assert [key for topic, key in delivery.visible if topic == service._settings.topics.alerts] == [b"x"]
