@@ -118,7 +118,7 @@ def test_a_faulty_life_is_no_normal_life(system, kind, seed):
         (VM, "lost_volume", {"volume_error"}),
         (VM, "leak", set()),
     ],
-    ids=lambda value: getattr(value, "name", value if isinstance(value, str) else "-".join(sorted(value)) or "none"),
+    ids=lambda value: "-".join(sorted(value)) or "none" if isinstance(value, set) else getattr(value, "name", value),
 )
 def test_half_of_the_faults_hide_among_normal_events(system, kind, visible):
     blocks_with = Counter(event for life in lives(system.life, 10_000) for event in set(life))
