@@ -43,6 +43,7 @@ _PASSING = {
     KafkaError._TIMED_OUT_QUEUE,  # noqa: SLF001
     KafkaError._TRANSPORT,  # noqa: SLF001
     KafkaError._RESOLVE,  # noqa: SLF001
+    KafkaError._DESTROY,  # noqa: SLF001 - the connection that the request was to use has been given up for another
     KafkaError._WAIT_COORD,  # noqa: SLF001
     KafkaError._ALL_BROKERS_DOWN,  # noqa: SLF001
     KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001 - so says librdkafka of any partition while no broker is there
