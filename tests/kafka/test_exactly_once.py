@@ -242,15 +242,19 @@ def test_whoever_is_out_of_the_group_commits_nothing(line):
     assert made.read(alerts) == []
 
 
+class ProducerOf:
+    """A producer with one call played by hand."""
+
+    def __init__(self, producer):
+        self.producer = producer
+
+    def __getattr__(self, name):
+        return getattr(self.producer, name)
+
+
 @pytest.mark.parametrize("code", [KafkaError.INVALID_TXN_STATE, KafkaError.PRODUCER_FENCED])
 def test_a_transaction_that_the_brokers_ended_costs_the_producer_only(line, code):
-    class Ended:
-        def __init__(self, producer):
-            self.producer = producer
-
-        def __getattr__(self, name):
-            return getattr(self.producer, name)
-
+    class Ended(ProducerOf):
         def commit_transaction(self, *_):
             self.producer.abort_transaction(10)
             raise KafkaException(KafkaError(code, "too late", fatal=True))
@@ -275,13 +279,7 @@ def test_a_transaction_that_the_brokers_ended_costs_the_producer_only(line, code
 def test_a_call_that_never_returns_costs_the_producer_and_its_transaction_only(line, monkeypatch):
     """librdkafka's issue 5511: after some restarts of brokers it waits for a coordinator that it has forgotten."""
 
-    class Lost:
-        def __init__(self, producer):
-            self.producer = producer
-
-        def __getattr__(self, name):
-            return getattr(self.producer, name)
-
+    class Lost(ProducerOf):
         def send_offsets_to_transaction(self, *_):
             forever.wait()
 
