@@ -252,6 +252,22 @@ class ProducerOf:
         return getattr(self.producer, name)
 
 
+def commit_fails_then_works(made, hand_played):
+    """The first transaction ends as `hand_played` has it, and the delivery goes on with another."""
+    alerts, events = made.settings.topics.alerts, made.settings.topics.events
+    group = Consumer({"bootstrap.servers": made.bootstrap, "group.id": made.name, "log_level": 0})
+    delivery = delivery_for(made.settings, Patience())
+    offsets = [TopicPartition(events, 0, 0)]
+    delivery._producer = hand_played(delivery._producer)
+    delivery.send(alerts, b"not to be seen", b"A", [])
+    with pytest.raises(TransactionAborted):
+        delivery.commit(group, offsets, [])
+    delivery.send(alerts, b"seen", b"A", [])
+    delivery.commit(group, offsets, [])
+    delivery.close()
+    group.close()
+
+
 @pytest.mark.parametrize("code", [KafkaError.INVALID_TXN_STATE, KafkaError.PRODUCER_FENCED])
 def test_a_transaction_that_the_brokers_ended_costs_the_producer_only(line, code):
     class Ended(ProducerOf):
@@ -261,19 +277,8 @@ def test_a_transaction_that_the_brokers_ended_costs_the_producer_only(line, code
 
     made = line()
     made.consume_all()  # creates the topics
-    alerts, events = made.settings.topics.alerts, made.settings.topics.events
-    group = Consumer({"bootstrap.servers": made.bootstrap, "group.id": made.name, "log_level": 0})
-    delivery = delivery_for(made.settings, Patience())
-    offsets = [TopicPartition(events, 0, 0)]
-    delivery._producer = Ended(delivery._producer)
-    delivery.send(alerts, b"not to be seen", b"A", [])
-    with pytest.raises(TransactionAborted):
-        delivery.commit(group, offsets, [])
-    delivery.send(alerts, b"seen", b"A", [])
-    delivery.commit(group, offsets, [])
-    delivery.close()
-    group.close()
-    assert [found.value() for found in made.read(alerts)] == [b"seen"]
+    commit_fails_then_works(made, Ended)
+    assert [found.value() for found in made.read(made.settings.topics.alerts)] == [b"seen"]
 
 
 def test_a_call_that_never_returns_costs_the_producer_and_its_transaction_only(line, monkeypatch):
@@ -286,21 +291,10 @@ def test_a_call_that_never_returns_costs_the_producer_and_its_transaction_only(l
     made, forever = line(), Event()
     made.consume_all()  # creates the topics
     monkeypatch.setattr("consumer.delivery._LOST_SECONDS", 1)
-    alerts, events = made.settings.topics.alerts, made.settings.topics.events
-    group = Consumer({"bootstrap.servers": made.bootstrap, "group.id": made.name, "log_level": 0})
-    delivery = delivery_for(made.settings, Patience())
-    offsets = [TopicPartition(events, 0, 0)]
-    delivery._producer = Lost(delivery._producer)
-    delivery.send(alerts, b"not to be seen", b"A", [])
-    with pytest.raises(TransactionAborted):
-        delivery.commit(group, offsets, [])
-    delivery.send(alerts, b"seen", b"A", [])
-    delivery.commit(group, offsets, [])
-    delivery.close()
-    group.close()
+    commit_fails_then_works(made, Lost)
     forever.set()
-    made.wait_for(lambda: made.read(alerts), what="the end of the transaction that was left open")
-    assert [found.value() for found in made.read(alerts)] == [b"seen"]
+    made.wait_for(lambda: made.read(made.settings.topics.alerts), what="the end of the transaction that was left open")
+    assert [found.value() for found in made.read(made.settings.topics.alerts)] == [b"seen"]
 
 
 def test_a_state_topic_of_another_group_is_refused(line):
