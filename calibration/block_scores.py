@@ -114,7 +114,7 @@ class SessionScores:
 
     def open_since(self) -> list[int]:
         """Return the first offset of each session that is still open."""
-        return [self._store.snapshot(slot).first_offset for slot in self._store.unsaved()]  # none is ever saved here
+        return self._store.first_offsets().tolist()
 
     def _names(self, looks: Looks, place: int) -> dict[int, str]:
         names = self._store.unknown(int(looks.facts["slot"][place]))
@@ -177,15 +177,16 @@ def keep_highest(highest: list[Block], block: Block) -> None:
 
 def _events(sessions: Sequence[Session], vocabulary: Vocabulary) -> EventBatch:
     """Lay sessions end to end. Blocks are numbered afresh: two sessions may bear one name."""
-    batch = EventBatch()
+    blocks: list[str] = []
+    tokens: list[int] = []
+    unknown: dict[int, str] = {}
     for number, session in enumerate(sessions):
-        tokens = vocabulary.encode(session.events)
-        for event, token in zip(session.events, tokens, strict=True):
-            if token == UNK:
-                batch.unknown[len(batch.tokens)] = event
-            batch.tokens.append(token)
-        batch.tokens.append(TOMBSTONE)
-        batch.blocks.extend([str(number)] * (len(tokens) + 1))
-    batch.times = [0] * len(batch.blocks)
-    batch.offsets = list(range(len(batch.blocks)))
-    return batch
+        encoded = vocabulary.encode(session.events)
+        unknown |= {
+            len(tokens) + place: event
+            for place, (event, token) in enumerate(zip(session.events, encoded, strict=True))
+            if token == UNK
+        }
+        tokens += [*encoded, TOMBSTONE]
+        blocks += [str(number)] * (len(encoded) + 1)
+    return EventBatch.of(blocks, tokens, [0] * len(tokens), range(len(tokens)), unknown)

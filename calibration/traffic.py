@@ -12,7 +12,7 @@ sessions that begin and close in the range count, for only these are known whole
 Both kinds are counted. They are the long-lived blocks: the range should be many times longer than a block lives.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.block_scores import CACHE, Block, SessionScores, keep_highest
-from consumer.events import CLOCK, TOMBSTONE, Decoder, EventBatch, Undecodable
+from consumer.events import CLOCK, TOMBSTONE, Decoder, EventBatch, Messages
 from consumer.history import TopicHistory
 from consumer.scores import LookScores
 from consumer.settings import Settings, milliseconds
@@ -30,9 +30,6 @@ _BEFORE = -1
 """A watermark before the first event."""
 
 _NEVER = 2**62
-
-Record = tuple[bytes | None, bytes | None, int, int]
-"""A message's key, value, offset and Kafka timestamp in milliseconds."""
 
 
 @dataclass
@@ -73,7 +70,7 @@ class Traffic:
 
 
 class PartitionTraffic:
-    """The part of one partition: takes records in offset order, fills in a `Traffic`.
+    """The part of one partition: takes messages in offset order, fills in a `Traffic`.
 
     Args:
         traffic: to be filled in.
@@ -81,7 +78,7 @@ class PartitionTraffic:
         scores: of the model, without a threshold.
         begin, end: the range in milliseconds of event time, `end` not included; None: open.
         every, idle_timeout: as `WindowStore`.
-        cut: events before the first record have been deleted, whatever their time was.
+        cut: events before the first message have been deleted, whatever their time was.
     """
 
     def __init__(
@@ -107,17 +104,13 @@ class PartitionTraffic:
         self.is_over = False
         """Whether the range's end has been reached: no further record matters."""
 
-    def take(self, records: Iterable[Record]) -> None:
-        """Take in records; those beyond the end of the range are left alone."""
-        batch = EventBatch()
-        dead = []  # rows before each dead letter
-        for key, value, offset, sent in records:
-            try:
-                self._decoder.decode(key, value, offset, batch, sent)
-            except Undecodable:
-                dead.append(len(batch))
-        tokens, times, offsets = batch.columns()
-        times[tokens == TOMBSTONE] = _BEFORE
+    def take(self, messages: Messages) -> None:
+        """Take in messages; those beyond the end of the range are left alone."""
+        batch, refused = self._decoder.decode(messages)
+        # Rows before each dead letter.
+        dead = np.searchsorted(batch.offsets, messages.offsets[[letter.place for letter in refused]]).tolist()
+        offsets = batch.offsets
+        times = np.where(batch.tokens == TOMBSTONE, _BEFORE, batch.times)
         watermarks = np.maximum(np.maximum.accumulate(times), self._watermark)  # (N,) ascending
         if self._warm_up is not None and len(events := watermarks[watermarks > _BEFORE]):
             self._begin, self._warm_up = max(self._begin, int(events[0]) + self._warm_up + 1), None
@@ -127,11 +120,11 @@ class PartitionTraffic:
         start = 0
         if self._start is None:
             start = min(stop, int(np.searchsorted(watermarks, self._begin)))
-            self._judge(_rows(batch, 0, start))
+            self._judge(batch.rows(0, start))
             if start < stop:
                 self._start = int(offsets[start])
                 self._open_range(int(watermarks[start]))
-        self._judge(_rows(batch, start, stop))
+        self._judge(batch.rows(start, stop))
         if stop < len(batch):
             self._judge(_clock(self._end))
             self.is_over = True
@@ -203,7 +196,7 @@ def read_traffic(
                 )  # fmt: skip
                 done = start
                 for messages in history.read(partition, start, high):
-                    part.take((m.key(), m.value(), m.offset(), m.timestamp()[1]) for m in messages)
+                    part.take(Messages.of(messages))
                     advance(messages[-1].offset() + 1 - done)
                     done = messages[-1].offset() + 1
                     if part.is_over:
@@ -214,13 +207,6 @@ def read_traffic(
     return traffic
 
 
-def _rows(batch: EventBatch, start: int, stop: int) -> EventBatch:
-    return EventBatch(
-        batch.blocks[start:stop], batch.tokens[start:stop], batch.times[start:stop], batch.offsets[start:stop],
-        {row - start: event for row, event in batch.unknown.items() if start <= row < stop},
-    )  # fmt: skip
-
-
 def _clock(time: int) -> EventBatch:
     """Return what moves the watermark to `time` and does nothing else; no block has an empty name."""
-    return EventBatch([""], [CLOCK], [time], [0])
+    return EventBatch.of([""], [CLOCK], [time], [0])

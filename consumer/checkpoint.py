@@ -9,16 +9,15 @@ A successor restores the sessions, reads the input from the checkpoint's offset 
 publishing (`Replay`), each session skipping what its record covers, and is where its predecessor was.
 """
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from consumer.detector import Detector
-from consumer.events import CLOCK, TOMBSTONE, EventBatch
 from consumer.kernel import NO_WATERMARK
 from consumer.records import (
     BLOCK,
@@ -27,11 +26,12 @@ from consumer.records import (
     VOCABULARY,
     Checkpoint,
     DriftState,
-    SessionState,
+    StoredSessions,
+    Translation,
     closed_marker,
     vocabulary_id,
 )
-from model.vocabulary import SPECIAL, UNK, Vocabulary
+from model.vocabulary import Vocabulary
 
 Record = tuple[bytes, bytes | None]
 """Key and value of a state record; None deletes it."""
@@ -45,18 +45,22 @@ class Recovered:
     """What a state partition says.
 
     Attributes:
+        sessions: open sessions and markers, in today's vocabulary.
         checkpoint: None if there is none.
-        sessions: open sessions by block, their tokens in today's vocabulary.
-        markers: last offset of blocks that were closed by the wall clock or to make room.
         vocabularies: ids of the vocabularies that are stored.
         drift: None if nothing is known.
     """
 
+    sessions: StoredSessions
     checkpoint: Checkpoint | None = None
-    sessions: dict[str, SessionState] = field(default_factory=dict)
-    markers: dict[str, int] = field(default_factory=dict)
     vocabularies: set[bytes] = field(default_factory=set)
     drift: DriftState | None = None
+
+    @property
+    def end(self) -> int:
+        """The input offset from which on no session and no marker includes an event."""
+        last = [int(self.sessions.heads["last_offset"].max())] if len(self.sessions) else []
+        return 1 + max([-1, *last, *self.sessions.markers.values()])
 
 
 def recover(records: Mapping[bytes, bytes], vocabulary: Vocabulary) -> Recovered:
@@ -65,56 +69,32 @@ def recover(records: Mapping[bytes, bytes], vocabulary: Vocabulary) -> Recovered
     Raises:
         DamagedRecordError: another version wrote them.
     """
-    found = Recovered()
-    tables = {key[1:]: _translation(value, vocabulary) for key, value in records.items() if key[:1] == VOCABULARY}
-    found.vocabularies = set(tables)
-    for key, value in records.items():
-        if key == CHECKPOINT:
-            found.checkpoint = Checkpoint.unpack(value)
-        elif key == DRIFT:
-            found.drift = DriftState.unpack(value)
-        elif key[:1] == BLOCK:
-            block = key[1:].decode()
-            state, written_in = SessionState.unpack(value)
-            if state.closed:
-                found.markers[block] = state.last_offset
-            else:
-                found.sessions[block] = _translated(state, *tables[written_in], vocabulary)
-    return found
+    blocks = {key[1:]: value for key, value in records.items() if key[:1] == BLOCK}
+    translations = {
+        key[1:]: Translation.between(msgspec.msgpack.decode(value, type=list[str]), vocabulary)
+        for key, value in records.items()
+        if key[:1] == VOCABULARY
+    }
+    return Recovered(
+        StoredSessions(blocks, translations, vocabulary),
+        Checkpoint.unpack(records[CHECKPOINT]) if CHECKPOINT in records else None,
+        set(translations),
+        DriftState.unpack(records[DRIFT]) if DRIFT in records else None,
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Replay:
     """Input that a predecessor has taken in already.
 
-    Below the offset `until` its alerts have been published. `covered` holds, by block, the last offset that its
-    restored session (or closed marker) includes; with at-least-once delivery that can be beyond `until`.
+    Attributes:
+        until: below this offset its alerts have been published.
+        end: from this offset on nothing is special. With at-least-once delivery sessions can include events beyond
+            `until`.
     """
 
     until: int
-    covered: Mapping[str, int]
-
-    @property
-    def end(self) -> int:
-        """The offset from which on nothing is special."""
-        return max([self.until, *(last + 1 for last in self.covered.values())])
-
-    def masked(self, batch: EventBatch) -> EventBatch:
-        """Return `batch` with covered events only moving the watermark, and covered tombstones left out."""
-        masked = EventBatch()
-        for place, (block, token, time, offset) in enumerate(
-            zip(batch.blocks, batch.tokens, batch.times, batch.offsets, strict=True)
-        ):
-            covered = offset <= self.covered.get(block, -1)
-            if covered and token == TOMBSTONE:
-                continue
-            if place in batch.unknown and not covered:
-                masked.unknown[len(masked)] = batch.unknown[place]
-            masked.blocks.append(block)
-            masked.tokens.append(CLOCK if covered else token)
-            masked.times.append(time)
-            masked.offsets.append(offset)
-        return masked
+    end: int
 
 
 class Checkpointer:
@@ -131,11 +111,13 @@ class Checkpointer:
         self._partition = partition
         self._store = detector.store(partition)
         self._group = group
-        self._markers = dict(recovered.markers)
+        self._markers = dict(recovered.sessions.markers)
         self._vocabulary = detector.vocabulary
         self._vocabulary_id = vocabulary_id(self._vocabulary.events)
         self._introduced = self._vocabulary_id in recovered.vocabularies
-        self._pending: deque[int] = deque()
+        self._gone: dict[bytes, None] = {}  # blocks whose record is to be deleted, in the order in which they closed
+        self._gone_before = 0
+        self._pending = np.zeros(0, np.int32)
         self._next: Checkpoint | None = None
         self._begun_at: int | None = recovered.checkpoint.offset if recovered.checkpoint else None
         self._first = None if recovered.checkpoint else Checkpoint(start, NO_WATERMARK, group)
@@ -154,77 +136,59 @@ class Checkpointer:
         drift = self._detector.take_drift(self._partition)
         if drift is not None:
             yield DRIFT, drift.pack()
-        yield from self._departures()
+        yield from self._departures(None if finish else PER_COMMIT)
         urgent = self._store.take_urgent() | self._detector.take_alerted(self._partition)
-        yield from self._sessions(slot for slot in sorted(urgent) if self._store.is_open(slot))
+        yield from self._sessions(np.array([slot for slot in sorted(urgent) if self._store.is_open(slot)], np.int32))
         if finish or (begin and self._next is None):
             watermark = self._store.watermark
-            if watermark is None or (position == self._begun_at and not self._store.unsaved()):
+            if watermark is None or (position == self._begun_at and not len(self._store.unsaved())):
                 return  # nothing happened since the last one
             self._begun_at = position
-            self._pending = deque(self._store.unsaved())
+            self._pending = self._store.unsaved()
+            self._gone_before = len(self._gone)
             self._next = Checkpoint(position, watermark, self._group)
         if self._next is not None:
-            some = len(self._pending) if finish else min(PER_COMMIT, len(self._pending))
-            slots = [self._pending.popleft() for _ in range(some)]
-            yield from self._sessions(slot for slot in slots if self._store.is_unsaved(slot))
-            if not self._pending:
+            some = self._pending if finish else self._pending[:PER_COMMIT]
+            self._pending = self._pending[len(some) :]
+            yield from self._sessions(some[self._store.are_unsaved(some)])
+            if not len(self._pending) and not self._gone_before:
                 yield CHECKPOINT, self._next.pack()
                 yield from self._outdated_markers(self._next.offset)
                 self._next = None
 
-    def _sessions(self, slots: Iterator[int]) -> Iterator[Record]:
-        for slot in slots:
+    def _sessions(self, slots: NDArray[np.int32]) -> Iterator[Record]:
+        for begin in range(0, len(slots), PER_COMMIT):
+            some = slots[begin : begin + PER_COMMIT]
             if not self._introduced:
                 self._introduced = True
-                yield VOCABULARY + self._vocabulary_id, _events_record(self._vocabulary.events)
-            yield (
-                _key(self._store.block(slot)),
-                self._detector.snapshot(self._partition, slot).pack(self._vocabulary_id),
-            )
-            self._store.mark_saved(slot)
+                yield VOCABULARY + self._vocabulary_id, msgspec.msgpack.encode(self._vocabulary.events)
+            packed = self._detector.packed(self._partition, some, self._vocabulary_id)
+            for name, record in zip(self._store.names(some), packed, strict=True):
+                self._gone.pop(name, None)
+                yield BLOCK + name, record
+            self._store.mark_saved(some)
 
-    def _departures(self) -> Iterator[Record]:
+    def _departures(self, at_most: int | None) -> Iterator[Record]:
+        """Delete the records of blocks that closed, some at each commit; until then a successor closes them again.
+
+        That it can, as long as it reads their last events and what closed them again: so a checkpoint waits for the
+        deletions that were due when it began. What was closed from outside no event tells: its marker never waits.
+        """
         for departed in self._store.take_departed():
             if departed.marker is not None:
-                self._markers[departed.block] = departed.marker
-                yield _key(departed.block), closed_marker(departed.marker).pack(self._vocabulary_id)
-            elif self._markers.pop(departed.block, None) is not None or departed.saved:
-                yield _key(departed.block), None
+                self._markers[departed.name] = departed.marker
+                self._gone.pop(departed.name, None)
+                yield BLOCK + departed.name, closed_marker(departed.marker).pack(self._vocabulary_id)
+            elif self._markers.pop(departed.name, None) is not None or departed.saved:
+                self._gone[departed.name] = None
+        for name in list(islice(self._gone, at_most)):
+            del self._gone[name]
+            self._gone_before = max(0, self._gone_before - 1)
+            yield BLOCK + name, None
 
     def _outdated_markers(self, offset: int) -> Iterator[Record]:
         """Delete markers that no replay from `offset` on will need, unless a newer record took their place."""
-        for block in [block for block, last in self._markers.items() if last < offset]:
-            del self._markers[block]
-            if not self._store.has_record(block):
-                yield _key(block), None
-
-
-def _key(block: str) -> bytes:
-    return BLOCK + block.encode()
-
-
-def _events_record(events: Sequence[str]) -> bytes:
-    return msgspec.msgpack.encode(list(events))
-
-
-def _translation(record: bytes, vocabulary: Vocabulary) -> tuple[list[str], NDArray[np.uint16]]:
-    events: list[str] = msgspec.msgpack.decode(record, type=list[str])
-    return events, np.array([*range(SPECIAL), *vocabulary.encode(events)], np.uint16)
-
-
-def _translated(
-    state: SessionState, events: list[str], table: NDArray[np.uint16], vocabulary: Vocabulary
-) -> SessionState:
-    """Say a session in today's vocabulary: events it no longer knows become UNK by name, and the other way round."""
-    tokens = table[state.tokens]
-    unknown = dict(state.unknown)
-    for place, offset in enumerate(state.offsets.tolist()):
-        if tokens[place] == UNK:
-            name = unknown.get(offset) or events[state.tokens[place] - SPECIAL]
-            tokens[place] = vocabulary.tokens.get(name, UNK)
-            if tokens[place] == UNK:
-                unknown[offset] = name
-            else:
-                unknown.pop(offset, None)
-    return replace(state, tokens=tokens, unknown=unknown)
+        for name in [name for name, last in self._markers.items() if last < offset]:
+            del self._markers[name]
+            if not self._store.has_record(name):
+                yield BLOCK + name, None

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from consumer.alerts import (
 )
 from consumer.drift import Drift, DriftTest, judge_id, levels
 from consumer.events import EventBatch
-from consumer.records import DriftState, SessionState
+from consumer.records import DriftState, StoredSessions
 from consumer.scores import LookScores
 from consumer.settings import DriftSettings
 from consumer.threshold import Threshold
@@ -110,7 +111,7 @@ class Detector:
     def assign(
         self,
         partition: int,
-        sessions: Mapping[str, SessionState] | None = None,
+        sessions: StoredSessions | None = None,
         watermark: int | None = None,
         start: int = 0,
         *,
@@ -129,11 +130,10 @@ class Detector:
             idle_timeout=threshold.idle_timeout_ms,
             limit=self._max_open_blocks,
         )
-        states = sessions or {}
-        slots = store.restore(states.items(), watermark, start)
+        special = {} if sessions is None else store.restore(sessions, watermark, start)
         alerted = {
-            slots[block]: Alerted(state.revision, state.score, state.position)
-            for block, state in states.items()
+            slot: Alerted(state.revision, state.score, state.position)
+            for slot, state in special.items()
             if state.revision
         }
         is_ours = drift is not None and drift.judge == self.judge
@@ -144,11 +144,16 @@ class Detector:
         """Return the open sessions of a partition."""
         return self._partitions[partition].store
 
-    def snapshot(self, partition: int, slot: int) -> SessionState:
-        """Return an open session as it is to be stored."""
-        state = self._partitions[partition].store.snapshot(slot)
-        said = self._partitions[partition].alerted.get(slot)
-        return state if said is None else replace(state, **vars(said))
+    def packed(self, partition: int, slots: NDArray[np.int32], vocabulary: bytes) -> list[bytes]:
+        """Return open sessions (N,) as they are to be stored, with the id of their tokens' vocabulary."""
+        watched = self._partitions[partition]
+        records = watched.store.packed(slots, vocabulary)
+        for place, slot in enumerate(slots.tolist()):
+            said = watched.alerted.get(slot)
+            if records[place] is None or said is not None or watched.store.unknown(slot):
+                state = watched.store.snapshot(slot)
+                records[place] = replace(state, **vars(said) if said else {}).pack(vocabulary)
+        return cast("list[bytes]", records)
 
     def take_alerted(self, partition: int) -> set[int]:
         """Return the slots whose session alerted since the last call."""
@@ -183,9 +188,9 @@ class Detector:
         return self._alerts({partition: self._partitions[partition].store.apply(batch)
                              for partition, batch in batches.items()})  # fmt: skip
 
-    def close(self, partition: int) -> list[Alert]:
-        """Close all sessions of a partition that has fallen silent and return the alerts of their last looks."""
-        return self._alerts({partition: self._partitions[partition].store.close_all()})
+    def close(self, partition: int, at_most: int | None = None) -> list[Alert]:
+        """Close sessions of a partition that has fallen silent and return the alerts of their last looks."""
+        return self._alerts({partition: self._partitions[partition].store.close_all(at_most)})
 
     def _alerts(self, streams: Mapping[int, Iterator[Looks]]) -> list[Alert]:
         alerts: list[Alert] = []

@@ -1,18 +1,23 @@
-"""Messages to columns: what a log event says, without Kafka.
+"""Messages to columns: what log events say, without Kafka.
 
 A message is an event (a JSON object) or a tombstone (no value, key = block id), which closes its block. Whatever
-is neither raises `Undecodable` with a reason that a person can act on.
+is neither is undecodable, for a reason that a person can act on.
+
+Messages are decoded by the batch: a compiled pass (`consumer.parse`) takes those that are plain, which is nearly all,
+and a JSON parser each of the others. Both say the same of the same message.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from consumer.names import NameIndex, Names
+from consumer.parse import BLOCK, EVENT, NO_KEY, parse
 from consumer.settings import EventSettings
 from model.vocabulary import UNK
 
@@ -20,7 +25,7 @@ TOMBSTONE = -1
 """Stands in the token column for "this block is over"."""
 
 CLOCK = -2
-"""Stands in the token column for an event that only moves the watermark: its block has taken it in before."""
+"""Stands in the token column for an event that only moves the watermark."""
 
 MAX_ID_BYTES = 1024
 """Longest block id or event id, in bytes of UTF-8: an id is a name, and names are kept in memory."""
@@ -35,34 +40,120 @@ class Undecodable(ValueError):  # noqa: N818 - it names the message, not the pro
     """A message that is neither event nor tombstone; the text says why."""
 
 
-@dataclass
-class EventBatch:
-    """Events of one partition in offset order, one list entry each.
+class KafkaMessage(Protocol):
+    """What is wanted of a client's message."""
+
+    def key(self) -> Any:
+        """Return its key."""
+
+    def value(self) -> Any:
+        """Return its value."""
+
+    def offset(self) -> Any:
+        """Return its offset in the partition."""
+
+    def timestamp(self) -> tuple[int, int]:
+        """Return the kind of its timestamp, and the timestamp in milliseconds."""
+
+
+class Messages(NamedTuple):
+    """Messages of one partition in offset order, as columns.
 
     Attributes:
-        blocks: block id.
-        tokens: vocabulary token, or `TOMBSTONE`.
-        times: milliseconds since 1970; 0 for a tombstone.
-        offsets: in the partition.
+        keys, values: bytes or None each.
+        offsets: (N,) in the partition.
+        sent: (N,) Kafka timestamps in milliseconds.
+    """
+
+    keys: Sequence[bytes | None]
+    values: Sequence[bytes | None]
+    offsets: NDArray[np.int64]
+    sent: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, messages: Sequence[KafkaMessage]) -> "Messages":
+        """Take messages of one partition apart."""
+        return cls(
+            [message.key() for message in messages],
+            [message.value() for message in messages],
+            np.array([message.offset() for message in messages], np.int64),
+            np.array([message.timestamp()[1] for message in messages], np.int64),
+        )
+
+    def from_place(self, begin: int, end: int | None = None) -> "Messages":
+        """Return the messages from place `begin` up to `end`."""
+        part = slice(begin, end)
+        return Messages(self.keys[part], self.values[part], self.offsets[part], self.sent[part])
+
+
+class Refused(NamedTuple):
+    """A message that is neither event nor tombstone: its place among the messages, and why."""
+
+    place: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class EventBatch:
+    """Events of one partition in offset order, as columns.
+
+    Attributes:
+        names: (N,) block id of each, in UTF-8.
+        tokens: (N,) vocabulary token, `TOMBSTONE` or `CLOCK`.
+        times: (N,) milliseconds since 1970; 0 for a tombstone.
+        offsets: (N,) in the partition.
         unknown: event id at the places whose token is UNK.
     """
 
-    blocks: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    times: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    unknown: dict[int, str] = field(default_factory=dict)
+    names: Names
+    tokens: NDArray[np.int32]
+    times: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    unknown: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Iterable[str],
+        tokens: Iterable[int],
+        times: Iterable[int],
+        offsets: Iterable[int],
+        unknown: Mapping[int, str] | None = None,
+    ) -> "EventBatch":
+        """Make the columns from lists."""
+        names = Names.of(block.encode() for block in blocks)
+        return cls(
+            names,
+            np.array(list(tokens), np.int32),
+            np.array(list(times), np.int64),
+            np.array(list(offsets), np.int64),
+            unknown or {},
+        )
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self.tokens)
 
-    def columns(self) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-        """Return tokens, times and offsets as arrays (N,)."""
-        return np.array(self.tokens, np.int32), np.array(self.times, np.int64), np.array(self.offsets, np.int64)
+    @property
+    def blocks(self) -> list[str]:
+        """The block ids as text."""
+        return [name.decode() for name in self.names]
+
+    def rows(self, begin: int, end: int) -> "EventBatch":
+        """Return the events from row `begin` up to `end`."""
+        part = slice(begin, end)
+        unknown = {row - begin: event for row, event in self.unknown.items() if begin <= row < end}
+        return EventBatch(self.names.take(part), self.tokens[part], self.times[part], self.offsets[part], unknown)
+
+
+class _Event(NamedTuple):
+    block: bytes
+    token: int
+    time: int
+    unknown: str | None
 
 
 class Decoder:
-    """Turns a message's key and value into a row of an `EventBatch`.
+    """Turns messages into an `EventBatch`.
 
     Args:
         fields: the names of an event's fields.
@@ -74,66 +165,106 @@ class Decoder:
     def __init__(self, fields: EventSettings, tokens: Mapping[str, int], max_ahead: int = _LATEST) -> None:
         self._tokens = tokens
         self._max_ahead = max_ahead
+        self._fields = Names.of(name.encode() for name in (fields.block_id, fields.event_id, fields.timestamp))
+        self._vocabulary = NameIndex()
+        slots = self._vocabulary.locate(Names.of(map(_bytes, tokens)), np.ones(len(tokens), np.bool_))
+        self._token_of = np.full(len(tokens) + 1, UNK, np.int32)  # by slot; the last place is that of NONE
+        self._token_of[slots] = list(tokens.values())
         event = msgspec.defstruct(
             "Event",
             [("block_id", str), ("event_id", str), ("timestamp", datetime | int | float)],
             rename={name: getattr(fields, name) for name in ("block_id", "event_id", "timestamp")},
             gc=False,
         )
-        self._parse: Callable[[bytes], Any] = msgspec.json.Decoder(event).decode
+        self._parse = msgspec.json.Decoder(event).decode
 
-    def decode(
-        self, key: bytes | None, value: bytes | None, offset: int, batch: EventBatch, sent: int = _LATEST
-    ) -> None:
-        """Append the message to `batch`; `sent` is its Kafka timestamp in milliseconds.
+    def decode(self, messages: Messages) -> tuple[EventBatch, list[Refused]]:
+        """Return the events and tombstones among `messages`, and what else there was."""
+        values = Names.of(value or b"" for value in messages.values)
+        keys = Names.of(key or b"" for key in messages.keys)
+        keys.size[[place for place, key in enumerate(messages.keys) if key is None]] = NO_KEY
+        places, times = np.zeros((len(values), 2, 2), np.int64), np.zeros(len(values), np.int64)
+        plain = parse(
+            values.data, values.begin, values.size, keys.data, keys.begin, keys.size,
+            self._fields.data, np.cumsum(self._fields.size), places, times,
+        )  # fmt: skip
+        plain &= ((places[:, :, 1] > 0) & (places[:, :, 1] <= MAX_ID_BYTES)).all(1)
+        plain &= (times <= _LATEST) & (times - messages.sent <= self._max_ahead)
+
+        tokens = np.full(len(values), UNK, np.int32)
+        events = Names(values.data, *places[:, EVENT].T)
+        tokens[plain] = self._token_of[self._vocabulary.find(events.take(plain))]
+        unknown = {place: events[place].decode() for place in np.flatnonzero(plain & (tokens == UNK)).tolist()}
+        batch = EventBatch(Names(values.data, *places[:, BLOCK].T), tokens, times, messages.offsets, unknown)
+        return (batch, []) if plain.all() else self._completed(batch, messages, np.flatnonzero(~plain).tolist())
+
+    def _completed(self, batch: EventBatch, messages: Messages, others: list[int]) -> tuple[EventBatch, list[Refused]]:
+        """Return `batch` with the messages at the places `others` that can be read, and those that cannot."""
+        read: dict[int, _Event] = {}
+        refused: list[Refused] = []
+        for place in others:
+            try:
+                read[place] = self._one(messages.keys[place], messages.values[place], int(messages.sent[place]))
+            except Undecodable as reason:
+                refused.append(Refused(place, str(reason)))
+        names, more, rows = batch.names, Names.of(event.block for event in read.values()), list(read)
+        names.begin[rows], names.size[rows] = len(names.data) + more.begin, more.size
+        batch.tokens[rows] = [event.token for event in read.values()]
+        batch.times[rows] = [event.time for event in read.values()]
+        unknown = dict(batch.unknown) | {row: event.unknown for row, event in read.items() if event.unknown is not None}
+        kept = np.ones(len(batch), np.bool_)
+        kept[[place for place, _ in refused]] = False
+        place_of = (np.cumsum(kept) - 1).tolist()
+        names = Names(np.concatenate((names.data, more.data)), names.begin, names.size).take(kept)
+        unknown = {place_of[row]: unknown[row] for row in sorted(unknown)}
+        return EventBatch(names, batch.tokens[kept], batch.times[kept], batch.offsets[kept], unknown), refused
+
+    def _one(self, key: bytes | None, value: bytes | None, sent: int) -> _Event:
+        """Read a message of any kind.
 
         Raises:
-            Undecodable: it is no event; `batch` is as it was.
+            Undecodable: it is neither event nor tombstone.
         """
         if value is None:
-            block, token, time = _tombstone(key), TOMBSTONE, 0
-        else:
-            try:
-                event = self._parse(value)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise Undecodable(f"not an event: {error}") from None
-            block = event.block_id
-            if key is not None and key != _bytes(block):
-                raise Undecodable("the message key is not the block id")
-            _check_id("block id", block)
-            time = _milliseconds(event.timestamp)
-            if time - sent > self._max_ahead:
-                raise Undecodable("the timestamp is further ahead of the message's own than windows.max_ahead allows")
-            token = self._tokens.get(event.event_id, UNK)
-            if token == UNK:
-                _check_id("event id", event.event_id)
-                batch.unknown[len(batch.blocks)] = event.event_id
-        batch.blocks.append(block)
-        batch.tokens.append(token)
-        batch.times.append(time)
-        batch.offsets.append(offset)
+            return _Event(_tombstone(key), TOMBSTONE, 0, None)
+        try:
+            event: Any = self._parse(value)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Undecodable(f"not an event: {error}") from None
+        block = _bytes(event.block_id)
+        if key is not None and key != block:
+            raise Undecodable("the message key is not the block id")
+        _check_id("block id", block)
+        time = _milliseconds(event.timestamp)
+        if time - sent > self._max_ahead:
+            raise Undecodable("the timestamp is further ahead of the message's own than windows.max_ahead allows")
+        token = self._tokens.get(event.event_id, UNK)
+        if token != UNK:
+            return _Event(block, token, time, None)
+        _check_id("event id", _bytes(event.event_id))
+        return _Event(block, UNK, time, event.event_id)
 
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _check_id(what: str, text: str) -> None:
-    if not text:
+def _check_id(what: str, name: bytes) -> None:
+    if not name:
         raise Undecodable(f"the {what} is empty")
-    if len(text) * 4 > MAX_ID_BYTES and len(_bytes(text)) > MAX_ID_BYTES:
+    if len(name) > MAX_ID_BYTES:
         raise Undecodable(f"the {what} is longer than {MAX_ID_BYTES} bytes")
 
 
-def _tombstone(key: bytes | None) -> str:
+def _tombstone(key: bytes | None) -> bytes:
     if key is None:
         raise Undecodable("neither key nor value")
     try:
-        block = key.decode()
+        key.decode()
     except UnicodeDecodeError:
         raise Undecodable("the tombstone's key is not UTF-8") from None
-    _check_id("block id", block)
-    return block
+    _check_id("block id", key)
+    return key
 
 
 def _milliseconds(moment: datetime | float) -> int:

@@ -1,35 +1,48 @@
-"""The compiled loop of `consumer.windows`: plain loops over plain arrays, no Python objects."""
+"""The compiled loops of `consumer.windows`: plain loops over plain arrays, no Python objects.
+
+A window is a chain of pages of eight events, so a young session takes little room and an old one no more than its
+window. A page keeps offsets and times as distances from its first event's, in four bytes each; an event too far away
+for that begins a page of its own. The oldest page is free again as soon as the window no longer reaches into it.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from consumer.events import CLOCK, TOMBSTONE
+from consumer.names import NONE, mix
 from model.vocabulary import BOS, END, PAD
-
-NONE = -1
-"""No slot."""
-
-OLDEST, NEWEST, OPEN = range(3)
-"""Places in the roster: the session longest silent, the latest one, and how many are open."""
 
 NO_WATERMARK = -(2**62)
 """The watermark before the first event: earlier than any."""
 
+PAGE = 8
+"""Events of a page."""
+
+UNLISTED = -2
+"""Stands for the older neighbour of a session that is not in the list yet."""
+
 SESSION = np.dtype(
     [
         ("count", np.int64),  # events so far; 0: the row holds no open session
-        ("lost", np.int64),  # the first so many events are not in the row, though there would be room for them
         ("seen", np.int64),  # the watermark at the last event
         ("first_offset", np.int64),
         ("first_time", np.int64),
         ("last_offset", np.int64),
         ("last_time", np.int64),
-        ("unsaved", np.int64),  # offset of the first event that no state record covers; NONE: all are covered
-        ("level", np.uint8),  # of the highest score of its looks so far
-        ("saved", np.bool_),  # the state topic holds a record of the block, maybe of an earlier session
+        ("held", np.int32),  # events in the pages: the window, and what else is on its first page
+        ("first_page", np.int32),
+        ("last_page", np.int32),
         ("older", np.int32),  # neighbours in the list ordered by `seen`
         ("newer", np.int32),
-    ]
+        ("level", np.uint8),  # of the highest score of its looks so far
+        ("saved", np.bool_),  # the state topic holds a record of the block, maybe of an earlier session
+        ("unsaved", np.bool_),  # there are events that no state record covers
+        ("restored", np.bool_),  # from a record or marker: events up to `last_offset` have been taken in before
+    ],
+    align=True,
 )
 
 LOOK = np.dtype(
@@ -48,84 +61,169 @@ LOOK = np.dtype(
 )
 
 
+class Pages(NamedTuple):
+    """P pages of events, chained."""
+
+    tokens: NDArray[np.uint16]  # (P, PAGE)
+    offsets: NDArray[np.uint32]  # (P, PAGE) from the first one's
+    times: NDArray[np.int32]  # (P, PAGE) from the first one's
+    begins: NDArray[np.int64]  # (P, 2) offset and time of the first
+    links: NDArray[np.int32]  # (P, 2) the next page, and how many events are on this one
+
+
+class Sessions(NamedTuple):
+    """All that the loops work on. `roster` and `clock` are the only numbers; see below."""
+
+    rows: NDArray[np.void]  # (S,) of SESSION
+    pages: Pages
+    roster: NDArray[np.int32]  # (5,)
+    clock: NDArray[np.int64]  # (1,) the watermark
+
+
+OLDEST, NEWEST, LISTED, FREE_PAGE, USED_PAGES = range(5)
+"""Places in the roster: the session longest silent, the latest one, how many are in that list; the first of the free
+pages, and how many were ever used."""
+
+
+class Columns(NamedTuple):
+    """N due looks, as they are written: see `consumer.windows.Looks`."""
+
+    facts: NDArray[np.void]
+    rows: NDArray[np.uint16]
+    offsets: NDArray[np.int64]
+    times: NDArray[np.int64]
+
+
 @njit(cache=True)
-def advance(
-    sessions, tokens, offsets, times, roster, clock, every, idle, limit,
-    in_slot, in_token, in_time, in_offset, start,
-    facts, rows, row_offsets, row_times,
-):  # fmt: skip
+def advance(sessions, window, every, idle, limit, slots, tokens, times, offsets, start, looks):
     """Take in events from `start` on until all are in or the looks are full; return (events done, looks written).
 
     An event whose looks do not fit is not begun, except that the sessions it expired stay closed: continuing at
-    the same event goes on where this call stopped.
+    the same event goes on where this call stopped. There must be a free page for every event.
     """
-    window = tokens.shape[1]
-    capacity = len(facts)
+    rows, roster, clock = sessions.rows, sessions.roster, sessions.clock
+    capacity = len(looks.facts)
     filled = 0
-    for i in range(start, len(in_slot)):
-        slot = in_slot[i]
-        token = in_token[i]
+    for i in range(start, len(slots)):
+        slot = slots[i]
+        token = tokens[i]
+        if slot != NONE and rows[slot].restored and offsets[i] <= rows[slot].last_offset:
+            if token == TOMBSTONE:
+                continue
+            token = CLOCK
         if token != TOMBSTONE:
-            clock[0] = max(clock[0], in_time[i])
-            while roster[OLDEST] != NONE and sessions[roster[OLDEST]].seen + idle < clock[0]:
+            clock[0] = max(clock[0], times[i])
+            while roster[OLDEST] != NONE and rows[roster[OLDEST]].seen + idle < clock[0]:
                 if filled == capacity:
                     return i, filled
                 oldest = roster[OLDEST]
-                _look(
-                    sessions, tokens, offsets, times, oldest, True, False, facts, rows, row_offsets, row_times, filled
-                )
+                _look(sessions, window, oldest, True, False, looks, filled)
                 filled += 1
-                _close(sessions, roster, oldest)
+                _close(sessions, oldest)
         if slot == NONE:
             continue
-        session = sessions[slot]
+        session = rows[slot]
         if token == CLOCK:
-            if session.count > 0 and in_offset[i] == session.last_offset:
-                link_newest(sessions, roster, slot)  # restored with this event in it: from here on it may expire
+            if session.count > 0 and offsets[i] == session.last_offset:
+                link_newest(rows, roster, slot)  # restored with this event in it: from here on it may expire
             continue
         if token == TOMBSTONE and session.count == 0:
             continue  # a tombstone for a block that is not open
         if filled + 2 > capacity:  # an event makes two looks at most: that of a block evicted, and its own
             return i, filled
         if token == TOMBSTONE:
-            _look(sessions, tokens, offsets, times, slot, True, False, facts, rows, row_offsets, row_times, filled)
+            _look(sessions, window, slot, True, False, looks, filled)
             filled += 1
-            _close(sessions, roster, slot)
+            _close(sessions, slot)
             continue
         if session.count == 0:
-            if roster[OPEN] >= limit:
+            if roster[LISTED] >= limit:
                 oldest = roster[OLDEST]
-                _look(sessions, tokens, offsets, times, oldest, True, True, facts, rows, row_offsets, row_times, filled)
+                _look(sessions, window, oldest, True, True, looks, filled)
                 filled += 1
-                _close(sessions, roster, oldest)
-            session.first_offset = in_offset[i]
-            session.first_time = in_time[i]
-            session.lost = 0
-            session.unsaved = NONE
+                _close(sessions, oldest)
+            session.first_offset = offsets[i]
+            session.first_time = times[i]
+            session.held = 0
+            session.first_page = NONE
+            session.last_page = NONE
         else:
-            _unlink(sessions, roster, slot)
-        at = session.count % window
-        tokens[slot, at] = token
-        offsets[slot, at] = in_offset[i]
-        times[slot, at] = in_time[i]
+            _unlink(rows, roster, slot)
+        append(sessions, window, slot, token, offsets[i], times[i])
         session.count += 1
-        session.last_offset = in_offset[i]
-        session.last_time = in_time[i]
+        session.last_offset = offsets[i]
+        session.last_time = times[i]
         session.seen = clock[0]
-        if session.unsaved == NONE:
-            session.unsaved = in_offset[i]
-        link_newest(sessions, roster, slot)
+        session.unsaved = True
+        link_newest(rows, roster, slot)
         if session.count % every == 0:
-            _look(sessions, tokens, offsets, times, slot, False, False, facts, rows, row_offsets, row_times, filled)
+            _look(sessions, window, slot, False, False, looks, filled)
             filled += 1
-    return len(in_slot), filled
+    return len(slots), filled
 
 
 @njit(cache=True)
-def rise(sessions, facts, levels, highest):
+def append(sessions, window, slot, token, offset, time):
+    """Write an event behind the last one of a session; free the pages that its window leaves behind."""
+    session, pages, roster = sessions.rows[slot], sessions.pages, sessions.roster
+    begins, links = pages.begins, pages.links
+    page = session.last_page
+    fits = False
+    if page != NONE and links[page, 1] < PAGE:
+        back, since = offset - begins[page, 0], time - begins[page, 1]
+        fits = 0 <= back < 1 << 32 and -(1 << 31) <= since < 1 << 31
+    if not fits:
+        fresh = roster[FREE_PAGE]
+        if fresh != NONE:
+            roster[FREE_PAGE] = links[fresh, 0]
+        else:
+            fresh = roster[USED_PAGES]
+            roster[USED_PAGES] += 1
+        links[fresh, 0] = NONE
+        links[fresh, 1] = 0
+        begins[fresh, 0] = offset
+        begins[fresh, 1] = time
+        if page == NONE:
+            session.first_page = fresh
+        else:
+            links[page, 0] = fresh
+        session.last_page = fresh
+        page = fresh
+    at = links[page, 1]
+    pages.tokens[page, at] = token
+    pages.offsets[page, at] = offset - begins[page, 0]
+    pages.times[page, at] = time - begins[page, 1]
+    links[page, 1] = at + 1
+    session.held += 1
+    while session.held - links[session.first_page, 1] >= window:
+        first = session.first_page
+        session.held -= links[first, 1]
+        session.first_page = links[first, 0]
+        links[first, 0] = roster[FREE_PAGE]
+        roster[FREE_PAGE] = first
+
+
+@njit(cache=True)
+def read(sessions, window, slot, tokens, offsets, times):
+    """Write the window of a session, the oldest event first, into arrays (window,); return its length."""
+    session, pages = sessions.rows[slot], sessions.pages
+    page, at = session.first_page, max(0, session.held - window)
+    length = min(session.held, window)
+    for k in range(length):
+        if at == pages.links[page, 1]:
+            page, at = pages.links[page, 0], 0
+        tokens[k] = pages.tokens[page, at]
+        offsets[k] = pages.begins[page, 0] + pages.offsets[page, at]
+        times[k] = pages.begins[page, 1] + pages.times[page, at]
+        at += 1
+    return length
+
+
+@njit(cache=True)
+def rise(rows, facts, levels, highest):
     """Raise the level of each look's session to that of the look; write what it is by then into `highest`."""
     for i in range(len(facts)):
-        session = sessions[facts[i].slot]
+        session = rows[facts[i].slot]
         session.level = max(session.level, levels[i])
         highest[i] = session.level
         if facts[i].closing:
@@ -133,65 +231,70 @@ def rise(sessions, facts, levels, highest):
 
 
 @njit(cache=True)
-def link_newest(sessions, roster, slot):
-    """Hang an open session at the newest end of the roster."""
-    session = sessions[slot]
+def link_newest(rows, roster, slot):
+    """Hang an open session at the newest end of the list."""
+    session = rows[slot]
     session.older = roster[NEWEST]
     session.newer = NONE
     if roster[NEWEST] == NONE:
         roster[OLDEST] = slot
     else:
-        sessions[roster[NEWEST]].newer = slot
+        rows[roster[NEWEST]].newer = slot
     roster[NEWEST] = slot
-    roster[OPEN] += 1
+    roster[LISTED] += 1
 
 
 @njit(cache=True)
-def _close(sessions, roster, slot):
-    _unlink(sessions, roster, slot)
-    sessions[slot].count = 0
+def link_all(rows, roster, slots, start):
+    """Hang restored sessions (N,) into the list, in this order; those with an event from `start` on stay out of it."""
+    for slot in slots:
+        rows[slot].older = UNLISTED
+        if rows[slot].last_offset < start:
+            link_newest(rows, roster, slot)
 
 
 @njit(cache=True)
-def _unlink(sessions, roster, slot):
-    older, newer = sessions[slot].older, sessions[slot].newer
+def _close(sessions, slot):
+    _unlink(sessions.rows, sessions.roster, slot)
+    session, links = sessions.rows[slot], sessions.pages.links
+    links[session.last_page, 0] = sessions.roster[FREE_PAGE]
+    sessions.roster[FREE_PAGE] = session.first_page
+    session.count = 0
+
+
+@njit(cache=True)
+def _unlink(rows, roster, slot):
+    older, newer = rows[slot].older, rows[slot].newer
+    if older == UNLISTED:
+        return
     if older == NONE:
         roster[OLDEST] = newer
     else:
-        sessions[older].newer = newer
+        rows[older].newer = newer
     if newer == NONE:
         roster[NEWEST] = older
     else:
-        sessions[newer].older = older
-    roster[OPEN] -= 1
+        rows[newer].older = older
+    roster[LISTED] -= 1
 
 
 @njit(cache=True)
-def _look(
-    sessions, tokens, offsets, times, slot, closing, evicted, facts, rows, row_offsets, row_times, at,
-):  # fmt: skip
+def _look(sessions, window, slot, closing, evicted, looks, at):
     """Write the look at `slot` into place `at` of the look columns."""
-    window = tokens.shape[1]
-    session = sessions[slot]
-    length = min(session.count - session.lost, window)
-    begin = session.count - length
-    row = rows[at]
+    session = sessions.rows[slot]
+    row = looks.rows[at]
+    length = read(sessions, window, slot, row[1:], looks.offsets[at], looks.times[at])
     row[0] = BOS
     digest = np.uint64(0x9E3779B97F4A7C15)
-    for k in range(length):
-        source = (begin + k) % window
-        token = tokens[slot, source]
-        row[1 + k] = token
-        row_offsets[at, k] = offsets[slot, source]
-        row_times[at, k] = times[slot, source]
-        digest = _mix(digest, token)
+    for k in range(1, 1 + length):
+        digest = mix(digest, row[k])
     used = 1 + length
     if closing:
         row[used] = END
-        digest = _mix(digest, END)
+        digest = mix(digest, END)
         used += 1
     row[used:] = PAD
-    fact = facts[at]
+    fact = looks.facts[at]
     fact.slot = slot
     fact.length = length
     fact.count = session.count
@@ -202,12 +305,3 @@ def _look(
     fact.first_time = session.first_time
     fact.last_offset = session.last_offset
     fact.last_time = session.last_time
-
-
-@njit(cache=True)
-def _mix(digest, token):
-    """One round of a 64-bit hash (the finaliser of splitmix64)."""
-    digest = digest ^ (np.uint64(token) + np.uint64(0x9E3779B97F4A7C15))
-    digest = (digest ^ (digest >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    digest = (digest ^ (digest >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return digest ^ (digest >> np.uint64(31))

@@ -15,15 +15,16 @@ behind the checkpoint. All integers are little-endian. A window's offsets are st
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from struct import Struct
-from struct import error as StructError
-from typing import Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from consumer.names import Names
+from model.vocabulary import SPECIAL, UNK, Vocabulary
 
 VERSION = 2
 
@@ -32,7 +33,32 @@ BLOCK, VOCABULARY, CHECKPOINT, DRIFT = b"B", b"V", b"C", b"D"
 Question = Literal["tail", "body"]
 """What `consumer.drift` asks: do too many blocks alert, or do the silent ones score otherwise than they did?"""
 
-_HEAD = Struct("<BB8sqqqqqqIdqBH")
+HEAD = np.dtype(
+    [
+        ("version", "u1"),
+        ("flags", "u1"),
+        ("vocabulary", "u1", (8,)),
+        ("count", "<i8"),
+        ("seen", "<i8"),
+        ("first_offset", "<i8"),
+        ("first_time", "<i8"),
+        ("last_offset", "<i8"),
+        ("last_time", "<i8"),
+        ("revision", "<u4"),
+        ("score", "<f8"),
+        ("position", "<i8"),
+        ("level", "u1"),
+        ("length", "<u2"),
+    ]
+)
+"""What a session's record begins with; then come its tokens, offsets and times, and the names of unknown events."""
+
+EVENT_BYTES = 10
+"""Of a token, an offset and a time."""
+
+_VOCABULARY = slice(2, 10)
+_FACTS = ("count", "seen", "first_offset", "first_time", "last_offset", "last_time", "revision", "score", "position",
+          "level")  # fmt: skip
 _WIDE_OFFSETS, _WIDE_TIMES, _CLOSED = 1, 2, 4
 
 
@@ -78,14 +104,16 @@ class SessionState:
         wide_offsets = bool(len(back)) and int(back.max()) >= 1 << 32
         wide_times = bool(len(since)) and int(np.abs(since).max()) >= 1 << 31
         flags = _WIDE_OFFSETS * wide_offsets | _WIDE_TIMES * wide_times | _CLOSED * self.closed
-        head = _HEAD.pack(
-            VERSION, flags, vocabulary, self.count, self.seen, self.first_offset, self.first_time, self.last_offset,
-            self.last_time, self.revision, self.score, self.position, self.level, len(self.tokens),
+        head = np.zeros(1, HEAD)
+        head[0] = (
+            VERSION, flags, np.frombuffer(vocabulary, np.uint8), self.count, self.seen, self.first_offset,
+            self.first_time, self.last_offset, self.last_time, self.revision, self.score, self.position, self.level,
+            len(self.tokens),
         )  # fmt: skip
         names = msgspec.msgpack.encode(dict(self.unknown)) if self.unknown else b""
         return b"".join(
             (
-                head,
+                head.tobytes(),
                 self.tokens.astype("<u2").tobytes(),
                 back.astype("<i8" if wide_offsets else "<u4").tobytes(),
                 since.astype("<i8" if wide_times else "<i4").tobytes(),
@@ -101,11 +129,10 @@ class SessionState:
             DamagedRecordError: this is no record of this version.
         """
         try:
-            version, flags, vocabulary, count, seen, first_offset, first_time, last_offset, last_time, \
-                revision, score, position, level, length = _HEAD.unpack_from(record)  # fmt: skip
-            if version != VERSION:
-                raise DamagedRecordError(f"record version {version}, but this program reads {VERSION}")
-            at = _HEAD.size
+            head = dict(zip(HEAD.names or (), np.frombuffer(record, HEAD, 1)[0].item(), strict=True))
+            if head["version"] != VERSION:
+                raise DamagedRecordError(f"record version {head['version']}, but this program reads {VERSION}")
+            at, flags, length = HEAD.itemsize, head["flags"], head["length"]
             columns = []
             for kind in (
                 np.dtype("<u2"),
@@ -115,17 +142,123 @@ class SessionState:
                 columns.append(np.frombuffer(record, kind, length, at))
                 at += length * kind.itemsize
             names = msgspec.msgpack.decode(record[at:], type=dict[int, str]) if len(record) > at else {}
-        except (StructError, ValueError, msgspec.DecodeError) as error:
+        except (ValueError, msgspec.DecodeError) as error:
             raise DamagedRecordError(str(error)) from None
         tokens, back, since = columns
-        return (
-            cls(
-                count, seen, first_offset, first_time, last_offset, last_time,
-                tokens, last_offset - back.astype(np.int64), first_time + since.astype(np.int64), names,
-                revision, score, position, level, bool(flags & _CLOSED),
-            ),
-            vocabulary,
-        )  # fmt: skip
+        facts = {name: head[name] for name in _FACTS}
+        state = cls(
+            **facts,
+            tokens=tokens,
+            offsets=facts["last_offset"] - back.astype(np.int64),
+            times=facts["first_time"] + since.astype(np.int64),
+            unknown=names,
+            closed=bool(flags & _CLOSED),
+        )
+        return state, record[_VOCABULARY]
+
+
+class Translation(NamedTuple):
+    """From the tokens of a stored vocabulary to today's.
+
+    Attributes:
+        events: the stored vocabulary's event ids in token order.
+        table: (V,) today's token of each of its tokens; UNK where today's vocabulary lacks the event.
+    """
+
+    events: Sequence[str]
+    table: NDArray[np.uint16]
+
+    @classmethod
+    def between(cls, events: Sequence[str], vocabulary: Vocabulary) -> "Translation":
+        """Return the one from a vocabulary's events to another vocabulary."""
+        return cls(events, np.array([*range(SPECIAL), *vocabulary.encode(events)], np.uint16))
+
+    def translated(self, state: SessionState, vocabulary: Vocabulary) -> SessionState:
+        """Say a session anew: events that are no longer known become UNK by name, and the other way round."""
+        tokens = self.table[state.tokens]
+        unknown = dict(state.unknown)
+        for place, offset in enumerate(state.offsets.tolist()):
+            if tokens[place] == UNK:
+                name = unknown.get(offset) or self.events[state.tokens[place] - SPECIAL]
+                tokens[place] = vocabulary.tokens.get(name, UNK)
+                if tokens[place] == UNK:
+                    unknown[offset] = name
+                else:
+                    unknown.pop(offset, None)
+        return replace(state, tokens=tokens, unknown=unknown)
+
+
+class StoredSessions:
+    """Open sessions and markers, as a state partition holds them.
+
+    Args:
+        records: of blocks, by block id.
+        translations: by the id of the vocabulary in which a record is written.
+        vocabulary: today's.
+
+    Attributes:
+        names: (N,) block ids of the open sessions.
+        records: (N,) their records.
+        heads: (N,) of `HEAD`, what these begin with.
+        markers: last offset by block id of those that were closed by the wall clock or to make room.
+
+    Raises:
+        DamagedRecordError: another version wrote them.
+    """
+
+    def __init__(
+        self, records: Mapping[bytes, bytes], translations: Mapping[bytes, Translation], vocabulary: Vocabulary
+    ) -> None:
+        packed = Names.of(records.values())
+        if (packed.size < HEAD.itemsize).any():
+            raise DamagedRecordError("a session's record is cut off")
+        places = packed.begin[:, None] + np.arange(HEAD.itemsize)
+        heads = packed.data[places].view(HEAD).reshape(-1)  # (N,)
+        if (heads["version"] != VERSION).any():
+            raise DamagedRecordError(f"record version {heads['version'].max()}, but this program reads {VERSION}")
+        self._translations = translations
+        self._vocabulary = vocabulary
+        names = Names.of(records)
+        closed = (heads["flags"] & _CLOSED) > 0
+        marked = np.flatnonzero(closed)
+        self.markers = {names[place]: int(heads["last_offset"][place]) for place in marked.tolist()}
+        self.names, self.records, self.heads = names.take(~closed), packed.take(~closed), heads[~closed]
+
+    @classmethod
+    def of(cls, sessions: Mapping[str, SessionState], vocabulary: Vocabulary) -> "StoredSessions":
+        """Store sessions, by block id, that are in the tokens of `vocabulary`."""
+        name = vocabulary_id(vocabulary.events)
+        records = {block.encode(): state.pack(name) for block, state in sessions.items()}
+        return cls(records, {name: Translation.between(vocabulary.events, vocabulary)}, vocabulary)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def states(self) -> dict[str, SessionState]:
+        """Return the open sessions by block id."""
+        return {name.decode(): self.state(place) for place, name in enumerate(self.names)}
+
+    def state(self, place: int) -> SessionState:
+        """Return a session in today's vocabulary.
+
+        Raises:
+            DamagedRecordError: its record cannot be read, or is in a vocabulary that is not stored.
+        """
+        state, written_in = SessionState.unpack(self.records[place])
+        if written_in not in self._translations:
+            raise DamagedRecordError("a session's vocabulary is not stored")
+        return self._translations[written_in].translated(state, self._vocabulary)
+
+    def ordinary(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint16]]]:
+        """Yield, by vocabulary, places of sessions that can be read in bulk, and the table of its `Translation`."""
+        heads = self.heads
+        plain = (heads["flags"] == 0) & (heads["revision"] == 0)
+        plain &= self.records.size == HEAD.itemsize + EVENT_BYTES * heads["length"].astype(np.int64)
+        written_in = np.ascontiguousarray(heads["vocabulary"]).view(np.uint64)[:, 0]
+        for vocabulary in np.unique(written_in[plain]):
+            translation = self._translations.get(vocabulary.tobytes())
+            if translation is not None:
+                yield np.flatnonzero(plain & (written_in == vocabulary)), translation.table
 
 
 class Checkpoint(msgspec.Struct, frozen=True):

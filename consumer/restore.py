@@ -46,9 +46,9 @@ class Start:
     leftovers: list[bytes]
 
 
-def _empty(offset: int, records: Mapping[bytes, bytes]) -> Start:
+def _empty(offset: int, records: Mapping[bytes, bytes], vocabulary: Vocabulary) -> Start:
     """Begin without windows: what the records hold no longer fits."""
-    return Start(offset, Recovered(), Replay(offset, {}), list(records))
+    return Start(offset, recover({}, vocabulary), Replay(offset, offset), list(records))
 
 
 class Restorer:
@@ -95,7 +95,7 @@ class Restorer:
         if committed.offset < 0 or committed.offset > high:
             if checkpoint is not None or committed.offset > high:
                 log.warning("%s: the group's offsets were reset or the topic was made anew: windows start empty", where)
-            return _empty(self._fresh_offset(low, high), records)
+            return _empty(self._fresh_offset(low, high), records, vocabulary)
         if committed.offset < low:
             log.warning(
                 "%s: events %d to %d were deleted before they were read and cannot be judged; keep events for longer "
@@ -106,21 +106,19 @@ class Restorer:
             log.warning(
                 "%s: no windows are stored (was the state topic deleted?): blocks in mid-life start anew", where
             )
-            return _empty(begin, records)
+            return _empty(begin, records, vocabulary)
         transactional = self._settings.delivery == "exactly_once"
         if committed.offset < checkpoint.offset and transactional:
             log.warning("%s: the group's offsets were set back to %d: windows start empty", where, committed.offset)
-            return _empty(begin, records)
+            return _empty(begin, records, vocabulary)
         if checkpoint.offset < min(low, committed.offset):
             log.warning(
                 "%s: events %d to %d are gone from the topic: windows may lack them; keep events longer than "
                 "checkpoint.interval", where, checkpoint.offset, min(low, committed.offset) - 1,
             )  # fmt: skip
         offset = max(checkpoint.offset, low)
-        replay = Replay(
-            max(committed.offset, offset),
-            {block: state.last_offset for block, state in recovered.sessions.items()} | recovered.markers,
-        )
+        until = max(committed.offset, offset)
+        replay = Replay(until, max(until, recovered.end))
         log.info(
             "%s: %s open blocks restored in %.1f s (%.1f s in Kafka), %s events to catch up without alerting",
             where, f"{len(recovered.sessions):,}", time.monotonic() - began, kafka, f"{replay.until - offset:,}",

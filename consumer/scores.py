@@ -1,11 +1,25 @@
 """Scores of looks: each distinct window is scored once."""
 
+from typing import NamedTuple
+
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from consumer.drift import levels
 from consumer.windows import Looks
 from model.scoring import SCREEN_MARGIN, SCREEN_NOISE, Explanation, Rows, Scorer
+
+_NOWHERE, _NEW, _OLD = range(3)
+"""Where a score is found."""
+
+
+class _Generation(NamedTuple):
+    """Scores by the hash of their window, with linear probing; a hash of 0 is a free place."""
+
+    hashes: NDArray[np.uint64]  # (C,)
+    scores: NDArray[np.float64]  # (C,)
+    used: NDArray[np.int64]  # (1,) how many
 
 
 class LookScores:
@@ -24,24 +38,26 @@ class LookScores:
         self.scorer = scorer
         self._threshold = threshold
         self._half = max(1, capacity // 2)
-        self._new: dict[int, float] = {}
-        self._old: dict[int, float] = {}
+        self._new = self._old = _generation(0)
         self._explained: dict[int, Explanation] = {}
         self.scored = 0
         """Windows that went through the network so far."""
 
     def of(self, looks: Looks) -> NDArray[np.float64]:
         """Return the scores of `looks`: (N,) in nats."""
-        distinct, first, back = np.unique(looks.facts["hash"], return_index=True, return_inverse=True)
-        hashes = distinct.tolist()
-        known = [self._recall(key) for key in hashes]
-        missing = [place for place, score in enumerate(known) if score is None]
-        if missing:
-            fresh = self._score(looks.rows[first[missing]])
-            for place, score in zip(missing, fresh.tolist(), strict=True):
-                known[place] = score
-                self._remember(hashes[place], score)
-        return np.array(known, np.float64)[back]
+        hashes = np.ascontiguousarray(looks.facts["hash"])
+        hashes[hashes == 0] = 1
+        scores = np.empty(len(looks))
+        found = _recall(self._new, self._old, hashes, scores)
+        missing = np.flatnonzero(found == _NOWHERE)
+        if len(missing):
+            distinct, first, back = np.unique(hashes[missing], return_index=True, return_inverse=True)
+            fresh = self._score(looks.rows[missing[first]])
+            scores[missing] = fresh[back]
+            self._remember(distinct, fresh)
+        if (again := found == _OLD).any():
+            self._remember(hashes[again], scores[again])
+        return scores
 
     def explain(self, looks: Looks, place: int) -> Explanation:
         """Explain the look at `place`."""
@@ -64,15 +80,57 @@ class LookScores:
             scores[close] = self.scorer.exact(rows[close])
         return scores
 
-    def _recall(self, key: int) -> float | None:
-        score = self._new.get(key)
-        if score is None:
-            score = self._old.pop(key, None)
-            if score is not None:
-                self._remember(key, score)
-        return score
+    def _remember(self, hashes: NDArray[np.uint64], scores: NDArray[np.float64]) -> None:
+        """Take in windows; what was not asked for since the last turn of the generations goes with the next one."""
+        for begin in range(0, len(hashes), self._half):
+            some = slice(begin, begin + self._half)
+            count = int(self._new.used[0]) + len(hashes[some])
+            if count > self._half:
+                self._old, self._new, count = self._new, _generation(0), len(hashes[some])
+            if 2 * count > len(self._new.hashes):
+                larger = _generation(2 * count)
+                _add(larger, self._new.hashes, self._new.scores)
+                self._new = larger
+            _add(self._new, hashes[some], scores[some])
 
-    def _remember(self, key: int, score: float) -> None:
-        if len(self._new) >= self._half:
-            self._old, self._new = self._new, {}
-        self._new[key] = score
+
+def _generation(windows: int) -> _Generation:
+    size = 1 << max(10, (2 * windows - 1).bit_length())
+    return _Generation(np.zeros(size, np.uint64), np.zeros(size), np.zeros(1, np.int64))
+
+
+@njit(cache=True)
+def _place(generation, key):
+    """Return where a hash is, or would be."""
+    mask = len(generation.hashes) - 1
+    at = np.int64(key) & mask
+    while generation.hashes[at] != 0 and generation.hashes[at] != key:
+        at = (at + 1) & mask
+    return at
+
+
+@njit(cache=True)
+def _recall(new, old, hashes, scores):
+    """Write the scores that are known; return where each was found (N,)."""
+    found = np.full(len(hashes), _NOWHERE, np.uint8)
+    for i in range(len(hashes)):
+        at = _place(new, hashes[i])
+        if new.hashes[at] != 0:
+            scores[i] = new.scores[at]
+            found[i] = _NEW
+            continue
+        at = _place(old, hashes[i])
+        if old.hashes[at] != 0:
+            scores[i] = old.scores[at]
+            found[i] = _OLD
+    return found
+
+
+@njit(cache=True)
+def _add(generation, hashes, scores):
+    for i in range(len(hashes)):
+        if hashes[i] != 0:
+            at = _place(generation, hashes[i])
+            generation.used[0] += generation.hashes[at] == 0
+            generation.hashes[at] = hashes[i]
+            generation.scores[at] = scores[i]

@@ -10,14 +10,15 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from consumer.alerts import Alert
 from consumer.artifacts import Artifacts, ArtifactWatcher
-from consumer.checkpoint import Checkpointer, Replay
+from consumer.checkpoint import PER_COMMIT, Checkpointer, Replay
 from consumer.delivery import StateRecord, TransactionAborted, delivery_for
 from consumer.drift import MEANING
-from consumer.events import EventBatch, Undecodable
+from consumer.events import EventBatch, Messages
 from consumer.faultpoints import come_by
 from consumer.letters import dead_letter
 from consumer.metrics import Metrics, MetricsServer, PartitionStatus, Status
@@ -40,14 +41,13 @@ class _Assigned:
     touched: bool  # something happened since the last commit
     active: float
     replay: Replay | None
-    replay_end: int
     leftovers: list[bytes]
     checkpointer: Checkpointer
 
-    def end_replay(self) -> None:
-        """Forget the replay once past all of it."""
-        if self.replay is not None and self.position >= self.replay_end:
-            self.replay = None
+    @property
+    def published(self) -> int:
+        """Offset below which the partition's alerts are published already."""
+        return 0 if self.replay is None else self.replay.until
 
     @property
     def is_catching_up(self) -> bool:
@@ -217,54 +217,48 @@ class Service:
 
     def _take(self, messages: Sequence[Message]) -> None:
         """Decode and judge messages; alerts and dead letters go to the delivery."""
-        live: dict[int, EventBatch] = {}
-        done: dict[int, EventBatch] = {}  # judged by a predecessor: taken in without publishing
-        now = time.monotonic()
+        by_partition: dict[int, list[Message]] = {}
         for message in messages:
-            if message.error():
+            if message.error() is None:
+                by_partition.setdefault(message.partition(), []).append(message)
+            else:
                 self._on_message_error(message.error(), message.partition())
-                continue
-            partition, offset = message.partition(), message.offset()
+        self.messages += len(messages)
+        now = time.monotonic()
+        live: dict[int, EventBatch] = {}
+        for partition, some in by_partition.items():
             assigned = self._assigned.get(partition)
-            if assigned is None or offset < assigned.position:
-                continue  # no longer ours, or seen before a rebalance gave the partition back
-            assigned.position = offset + 1
+            if assigned is None:
+                continue  # no longer ours
+            columns = Messages.of(some)
+            known, done = np.searchsorted(columns.offsets, [assigned.position, assigned.published]).tolist()
+            if known == len(some):
+                continue  # seen before a rebalance gave the partition back
+            done = max(known, done)
+            assigned.position = int(columns.offsets[-1]) + 1
             assigned.touched = True
             assigned.active = now
-            published = assigned.replay is not None and offset < assigned.replay.until
-            self._patience.uncommitted += not published
-            batches = done if published else live
-            batch = batches.get(partition)
-            if batch is None:
-                batch = batches[partition] = EventBatch()
-            try:
-                self._decoder.decode(message.key(), message.value(), offset, batch, message.timestamp()[1])
-            except Undecodable as reason:
-                if not published:
-                    self._bury(message, str(reason))
-        self.messages += len(messages)
-        for partition, batch in done.items():
-            self._detector.replay(partition, self._masked(partition, batch))
+            self._patience.uncommitted += len(some) - done
+            if known < done:  # judged by a predecessor: taken in without publishing
+                self._detector.replay(partition, self._decoder.decode(columns.from_place(known, done))[0])
+            live[partition], refused = self._decoder.decode(columns.from_place(done))
+            for letter in refused:
+                self._bury(some[done + letter.place], letter.reason)
         if live:
-            self._publish(self._detector.process({part: self._masked(part, batch) for part, batch in live.items()}))
+            self._publish(self._detector.process(live))
             self._say_alarms()
-        for assigned in self._assigned.values():
-            assigned.end_replay()
-
-    def _masked(self, partition: int, batch: EventBatch) -> EventBatch:
-        """Hide what restored sessions include already."""
-        replay = self._assigned[partition].replay
-        return batch if replay is None else replay.masked(batch)
+        self._end_replays()
 
     def _close_silent(self) -> None:
         """Close the sessions of partitions that have been silent for the idle timeout, on the wall clock."""
         limit = time.monotonic() - self._settings.windows.idle_timeout.total_seconds()
         for partition, assigned in self._assigned.items():
             if assigned.active < limit and assigned.replay is None:
-                self._publish(self._detector.close(partition))
+                self._publish(self._detector.close(partition, PER_COMMIT))
                 self._say_alarms()
                 assigned.touched = True
-                assigned.active = time.monotonic()
+                if not self._detector.store(partition).open_blocks:
+                    assigned.active = time.monotonic()
 
     def _publish(self, alerts: Iterable[Alert]) -> None:
         for alert in alerts:
@@ -329,19 +323,25 @@ class Service:
             drift=start.recovered.drift,
             since=start.replay.until,
         )
-        end = start.replay.end
         self._assigned[partition] = _Assigned(
             position=start.offset,
             touched=False,
             active=time.monotonic(),
-            replay=start.replay if end > start.offset else None,
-            replay_end=end,
+            replay=start.replay,
             leftovers=start.leftovers,
             checkpointer=Checkpointer(
                 self._detector, partition, self._settings.kafka.group, start.recovered, start.offset
             ),
         )
+        self._end_replays()
         return TopicPartition(self._topic, partition, start.offset)
+
+    def _end_replays(self) -> None:
+        """Forget the replays of partitions that are past all of it."""
+        for partition, assigned in self._assigned.items():
+            if assigned.replay is not None and assigned.position >= assigned.replay.end:
+                assigned.replay = None
+                self._detector.store(partition).forget_markers()
 
     def _reload(self) -> None:
         """Take a new model or threshold if there is one.

@@ -1,27 +1,52 @@
 """Rolling windows of the blocks of one partition: event columns in, look columns out.
 
-A session is a row of preallocated arrays. One compiled loop (`consumer.kernel`) appends events, closes sessions and
-writes every due look. Sessions hang in a list ordered by last activity, so the next one to expire is always its
-head: closing costs nothing per event and needs no timers.
+A session is a row of an array and a chain of pages. One compiled loop (`consumer.kernel`) appends events, closes
+sessions and writes every due look. Sessions hang in a list ordered by last activity, so the next one to expire is
+always its head: closing costs nothing per event and needs no timers.
 
 The outcome is a function of the event sequence alone: how it is cut into batches changes nothing. That is why
 expiry is decided event by event, and why a block's event first expires the block's own session.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from consumer.events import CLOCK, TOMBSTONE, EventBatch
-from consumer.kernel import LOOK, NO_WATERMARK, NONE, SESSION, advance, link_newest, rise
-from consumer.records import SessionState
-from model.vocabulary import UNK
+from consumer.events import TOMBSTONE, EventBatch
+from consumer.kernel import (
+    FREE_PAGE,
+    LOOK,
+    NEWEST,
+    NO_WATERMARK,
+    OLDEST,
+    PAGE,
+    SESSION,
+    USED_PAGES,
+    Columns,
+    Pages,
+    Sessions,
+    advance,
+    append,
+    link_all,
+    read,
+    rise,
+)
+from consumer.names import NONE, NameIndex, Names, grown
+from consumer.packing import read_windows, write_windows
+from consumer.records import EVENT_BYTES, HEAD, VERSION, SessionState, StoredSessions
+
+STORED = ("count", "seen", "first_offset", "first_time", "last_offset", "last_time", "level")
+"""What sessions and their records both have."""
 
 MAX_LOOKS = 16_384
 """Looks handed out at a time, which bounds memory however many sessions close at once."""
+
+
+_AFTER_ALL = 2**62
+"""An offset later than any."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +57,7 @@ class Departed:
     to make room, which its events alone do not tell; None otherwise.
     """
 
-    block: str
+    name: bytes
     saved: bool
     marker: int | None
 
@@ -72,33 +97,45 @@ class WindowStore:
         self._window = window
         self._every = every
         self._idle = idle_timeout
-        self._slots: dict[str, int] = {}
-        self._free: list[int] = []
-        self._names: list[str] = []
+        self._index = NameIndex()
         self._unknown: dict[int, dict[int, str]] = {}
-        self._sessions = np.zeros(0, SESSION)
-        self._tokens = np.zeros((0, window), np.uint16)
-        self._offsets = np.zeros((0, window), np.int64)
-        self._times = np.zeros((0, window), np.int64)
-        self._roster = np.array([NONE, NONE, 0], np.int32)  # oldest, newest, open
+        roster = np.zeros(5, np.int32)
+        roster[[OLDEST, NEWEST, FREE_PAGE]] = NONE
+        self._sessions = Sessions(
+            np.zeros(self._index.capacity, SESSION), _pages(1024), roster, np.array([NO_WATERMARK], np.int64)
+        )
+        self._marked = np.zeros(0, np.int32)
         self._departed: list[Departed] = []
         self._urgent: set[int] = set()
-        self._clock = np.array([NO_WATERMARK], np.int64)
         self._looks: Looks | None = None
 
     @property
     def open_blocks(self) -> int:
         """Number of open sessions."""
-        return len(self._slots)
+        return len(self._index) - len(self._silent_markers())
 
     @property
     def watermark(self) -> int | None:
         """Largest event time seen, in milliseconds; None before the first event."""
-        return None if self._clock[0] <= NO_WATERMARK else int(self._clock[0])
+        clock = int(self._sessions.clock[0])
+        return None if clock <= NO_WATERMARK else clock
+
+    def name(self, slot: int) -> bytes:
+        """Return the block id of a slot, in UTF-8."""
+        return self._index.name(slot)
+
+    def names(self, slots: NDArray[np.int32]) -> Names:
+        """Return the block ids of slots, in UTF-8: views, valid until the next event."""
+        return self._index.names(slots)
 
     def block(self, slot: int) -> str:
-        """Return the block id of a look's slot."""
-        return self._names[slot]
+        """Return the block id of a slot."""
+        return self._index.name(slot).decode()
+
+    def slot_of(self, name: bytes) -> int:
+        """Return the slot of an open block, `NONE` if it is not open."""
+        slot = int(self._index.find(Names.of([name]))[0])
+        return slot if slot != NONE and self.is_open(slot) else NONE
 
     def unknown(self, slot: int) -> dict[int, str]:
         """Return the event ids, by offset, of the UNK tokens in a slot's window."""
@@ -109,102 +146,148 @@ class WindowStore:
 
         The iterator must be exhausted: the events are taken in while it runs.
         """
-        tokens, times, offsets = batch.columns()
-        slots = np.array([self._slot(block, token) for block, token in zip(batch.blocks, batch.tokens, strict=True)],
-                         np.int32)  # fmt: skip
+        slots = self._index.locate(batch.names, batch.tokens >= 0)
+        self._make_room(len(slots))
         for place, event in batch.unknown.items():
-            self._unknown.setdefault(int(slots[place]), {})[batch.offsets[place]] = event
-        yield from self._run(slots, tokens, times, offsets)
+            self._unknown.setdefault(int(slots[place]), {})[int(batch.offsets[place])] = event
+        yield from self._run(slots, batch.tokens, batch.times, batch.offsets)
         for slot in {int(slots[place]) for place in batch.unknown}:
             self._prune_unknown(slot)
 
-    def close_all(self) -> Iterator[Looks]:
-        """Close every session and yield their last looks: the partition has fallen silent on the wall clock."""
-        slots = np.fromiter(self._slots.values(), np.int32, len(self._slots))
-        slots = slots[np.argsort(self._sessions["last_offset"][slots])]  # an order that outlives a restart
-        nothing = np.zeros(len(slots), np.int64)
-        yield from self._run(slots, np.full(len(slots), TOMBSTONE, np.int32), nothing, nothing, by_clock=True)
+    def close_all(self, at_most: int | None = None) -> Iterator[Looks]:
+        """Close every session, or so many, and yield their last looks: the partition is silent on the wall clock."""
+        slots = self._open()
+        slots = slots[np.argsort(self._sessions.rows["last_offset"][slots])]  # an order that outlives a restart
+        slots = slots[:at_most]
+        tombstones, nothing = np.full(len(slots), TOMBSTONE, np.int32), np.zeros(len(slots), np.int64)
+        yield from self._run(slots, tombstones, nothing, nothing + _AFTER_ALL, by_clock=True)
 
     def rise(self, looks: Looks, levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Take in the score levels (N,) of looks, in their order; return the highest of its session at each look."""
         highest = np.empty(len(looks), np.uint8)
-        rise(self._sessions, looks.facts, levels, highest)
+        rise(self._sessions.rows, looks.facts, levels, highest)
         return highest
 
     def snapshot(self, slot: int) -> SessionState:
         """Return the open session of a slot, without what its alerts said."""
-        session = self._sessions[slot]
-        count = int(session["count"])
-        length = min(count - int(session["lost"]), self._window)
-        ring = np.arange(count - length, count) % self._window
+        session = self._sessions.rows[slot]
+        tokens, offsets, times = np.empty(self._window, np.uint16), *np.empty((2, self._window), np.int64)
+        length = read(self._sessions, self._window, slot, tokens, offsets, times)
+        count, seen, first_offset, first_time, last_offset, last_time, level = (int(session[name]) for name in STORED)
         return SessionState(
-            count=count,
-            seen=int(session["seen"]),
-            first_offset=int(session["first_offset"]),
-            first_time=int(session["first_time"]),
-            last_offset=int(session["last_offset"]),
-            last_time=int(session["last_time"]),
-            tokens=self._tokens[slot, ring],
-            offsets=self._offsets[slot, ring],
-            times=self._times[slot, ring],
+            count,
+            seen,
+            first_offset,
+            first_time,
+            last_offset,
+            last_time,
+            level=level,
+            tokens=tokens[:length],
+            offsets=offsets[:length],
+            times=times[:length],
             unknown=self.unknown(slot),
-            level=int(session["level"]),
         )
 
-    def restore(
-        self, sessions: Iterable[tuple[str, SessionState]], watermark: int | None, start: int
-    ) -> dict[str, int]:
-        """Take in stored sessions, into an empty store; return the slot of each block.
+    def packed(self, slots: NDArray[np.int32], vocabulary: bytes) -> list[bytes | None]:
+        """Return the records of open sessions (N,) that have not alerted and know every event; None: does not fit."""
+        rows = self._sessions.rows[slots]
+        heads = np.zeros(len(slots), HEAD)
+        for name in STORED:
+            heads[name] = rows[name]
+        heads["version"] = VERSION
+        heads["vocabulary"] = np.frombuffer(vocabulary, np.uint8)
+        heads["length"] = np.minimum(rows["held"], self._window)
+        sizes = HEAD.itemsize + EVENT_BYTES * heads["length"].astype(np.int64)
+        ends = np.cumsum(sizes)
+        out = np.empty(int(sizes.sum()), np.uint8)
+        begins = ends - sizes
+        out[begins[:, None] + np.arange(HEAD.itemsize)] = heads.view(np.uint8).reshape(-1, HEAD.itemsize)
+        fits = write_windows(self._sessions, self._window, slots, begins + HEAD.itemsize, out) >= 0
+        data = out.tobytes()
+        return [
+            data[begin:end] if fit else None
+            for begin, end, fit in zip(begins.tolist(), ends.tolist(), fits.tolist(), strict=True)
+        ]
 
-        `start` is the offset from which events will be read again, and `watermark` the one there. A session whose
-        last event lies beyond is out of the list of those that can expire until that event comes by as `CLOCK`.
+    def restore(self, stored: StoredSessions, watermark: int | None, start: int) -> dict[int, SessionState]:
+        """Take in stored sessions, into an empty store; return, by slot, those that are out of the ordinary.
+
+        These have alerted, or know events that the vocabulary does not. `start` is the offset from which events will
+        be read again, and `watermark` the one there. What a session includes is not taken in twice. One whose last
+        event lies beyond `start` is not in the list of those that can expire until that event comes by. Nor is taken
+        in what the markers cover, until `forget_markers`.
         """
         if watermark is not None:
-            self._clock[0] = watermark
-        for block, state in sorted(sessions, key=lambda item: item[1].last_offset):  # the order of last activity
-            slot = self._slot(block, UNK)
-            session = self._sessions[slot]
-            for name in ("count", "seen", "first_offset", "first_time", "last_offset", "last_time", "level"):
-                session[name] = getattr(state, name)
-            session["unsaved"], session["saved"] = NONE, True
-            length = min(len(state.tokens), self._window)
-            session["lost"] = state.count - length  # stored with a smaller window than today's, it has no more
-            ring = np.arange(state.count - length, state.count) % self._window
-            for column, values in (
-                (self._tokens, state.tokens),
-                (self._offsets, state.offsets),
-                (self._times, state.times),
-            ):
-                column[slot, ring] = values[len(values) - length :]
+            self._sessions.clock[0] = watermark
+        count = len(stored.names)
+        markers = Names.of(stored.markers)
+        slots = self._index.locate(stored.names, np.ones(count, np.bool_))
+        self._marked = self._index.locate(markers, np.ones(len(markers), np.bool_))
+        self._make_room(int(stored.heads["length"].sum()))
+        rows = self._sessions.rows
+        for name in STORED:
+            rows[name][slots] = stored.heads[name]
+        rows["saved"][slots] = True
+        rows["restored"][slots] = rows["restored"][self._marked] = True
+        rows["last_offset"][self._marked] = list(stored.markers.values())
+        special = self._read_windows(slots, stored)
+        order = np.argsort(stored.heads["last_offset"], kind="stable")  # that of last activity
+        link_all(rows, self._sessions.roster, slots[order], start)
+        return special
+
+    def _read_windows(self, slots: NDArray[np.int32], stored: StoredSessions) -> dict[int, SessionState]:
+        window = self._window
+        taken = np.zeros(len(slots), np.bool_)
+        for places, table in stored.ordinary():
+            lengths = stored.heads["length"][places].astype(np.int32)
+            begins = stored.records.begin[places] + HEAD.itemsize
+            taken[places] = read_windows(
+                self._sessions, window, slots[places], stored.records.data, begins, lengths, table
+            )
+        special = {int(slots[place]): stored.state(place) for place in np.flatnonzero(~taken).tolist()}
+        for slot, state in special.items():
+            one = np.array([slot], np.int32)
+            self._sessions.rows["held"][slot] = 0
+            self._sessions.rows["first_page"][slot] = self._sessions.rows["last_page"][slot] = NONE
+            for event in zip(state.tokens, state.offsets, state.times, strict=True):
+                append(self._sessions, window, one[0], *event)
             if state.unknown:
                 self._unknown[slot] = dict(state.unknown)
                 self._prune_unknown(slot)
-            if state.last_offset < start:
-                link_newest(self._sessions, self._roster, slot)
-        return dict(self._slots)
+        return special
 
-    def unsaved(self) -> list[int]:
-        """Return the slots of open sessions with events that no record covers."""
-        sessions = self._sessions
-        return np.flatnonzero((sessions["count"] > 0) & (sessions["unsaved"] != NONE)).tolist()
+    def forget_markers(self) -> None:
+        """No event comes any more that a marker was for."""
+        silent, self._marked = self._silent_markers(), np.zeros(0, np.int32)
+        self._forget(silent)
+
+    def unsaved(self) -> NDArray[np.int32]:
+        """Return the slots (N,) of open sessions with events that no record covers."""
+        slots = self._open()
+        return slots[self.are_unsaved(slots)]
+
+    def first_offsets(self) -> NDArray[np.int64]:
+        """Return the first offset of each open session (N,)."""
+        return self._sessions.rows["first_offset"][self._open()]
+
+    def are_unsaved(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Say of each slot (N,) whether it holds an open session with events that no record covers."""
+        rows = self._sessions.rows
+        return (rows["count"][slots] > 0) & rows["unsaved"][slots]
 
     def is_open(self, slot: int) -> bool:
         """Say whether the slot holds an open session."""
-        return bool(self._sessions["count"][slot])
+        return bool(self._sessions.rows["count"][slot])
 
-    def is_unsaved(self, slot: int) -> bool:
-        """Say whether the slot holds an open session with events that no record covers."""
-        return self.is_open(slot) and bool(self._sessions["unsaved"][slot] != NONE)
-
-    def has_record(self, block: str) -> bool:
+    def has_record(self, name: bytes) -> bool:
         """Say whether the block is open and has a record."""
-        slot = self._slots.get(block)
-        return slot is not None and bool(self._sessions["saved"][slot])
+        slot = self.slot_of(name)
+        return slot != NONE and bool(self._sessions.rows["saved"][slot])
 
-    def mark_saved(self, slot: int) -> None:
-        """Note that a record now covers all events of a slot's session."""
-        self._sessions["unsaved"][slot] = NONE
-        self._sessions["saved"][slot] = True
+    def mark_saved(self, slots: Sequence[int] | NDArray[np.int32]) -> None:
+        """Note that records now cover all events of these sessions."""
+        self._sessions.rows["unsaved"][slots] = False
+        self._sessions.rows["saved"][slots] = True
 
     def take_departed(self) -> list[Departed]:
         """Return the blocks that closed since the last call."""
@@ -226,63 +309,66 @@ class WindowStore:
         by_clock: bool = False,
     ) -> Iterator[Looks]:
         looks = self._buffer()
-        closed: dict[int, int | None] = {}
+        columns = Columns(looks.facts, looks.rows, looks.offsets, looks.times)
+        closed: dict[int, int] = {}
         done = 0
         while done < len(slots):
             done, filled = advance(
-                self._sessions, self._tokens, self._offsets, self._times, self._roster, self._clock,
-                self._every, self._idle, self._limit, slots, tokens, times, offsets, done,
-                looks.facts, looks.rows, looks.offsets, looks.times,
+                self._sessions, self._window, self._every, self._idle, self._limit,
+                slots, tokens, times, offsets, done, columns,
             )  # fmt: skip
             if filled:
                 facts = looks.facts[:filled]
-                for fact in facts[facts["closing"]]:
-                    unforeseen = by_clock or fact["evicted"]
-                    closed[int(fact["slot"])] = int(fact["last_offset"]) if unforeseen else None
+                ended = facts[facts["closing"]]
+                markers = np.where(ended["evicted"] | by_clock, ended["last_offset"], NONE)
+                closed.update(zip(ended["slot"].tolist(), markers.tolist(), strict=True))
                 yield Looks(facts, looks.rows[:filled], looks.offsets[:filled], looks.times[:filled])
-        self._release(closed)
+        if closed:
+            self._release(closed)
 
-    def _slot(self, block: str, token: int) -> int:
-        slot = self._slots.get(block, NONE)
-        if slot == NONE and token not in (TOMBSTONE, CLOCK):
-            if not self._free:
-                self._grow()
-            slot = self._free.pop()
-            self._slots[block] = slot
-            self._names[slot] = block
-            self._sessions["saved"][slot] = False
-        return slot
+    def _release(self, closed: dict[int, int]) -> None:
+        """Forget the blocks whose session closed (slot: marker or NONE) and did not start again within the batch."""
+        slots = np.fromiter(closed, np.int32, len(closed))
+        is_open = self._sessions.rows["count"][slots] > 0
+        self._urgent.update(slot for slot in slots[is_open].tolist() if closed[slot] != NONE)
+        slots = slots[~is_open]
+        saved = self._sessions.rows["saved"][slots].tolist()
+        self._departed.extend(
+            Departed(name, was_saved, marker if marker != NONE else None)
+            for slot, name, was_saved in zip(slots.tolist(), self.names(slots), saved, strict=True)
+            for marker in (closed[slot],)
+        )
+        self._marked = np.setdiff1d(self._marked, slots)
+        self._forget(slots)
 
-    def _grow(self) -> None:
-        """Double the rows; a row costs the same whether its session is young or old."""
-        old = len(self._sessions)
-        new = max(1024, 2 * old)
-        for name in ("_sessions", "_tokens", "_offsets", "_times"):
-            array = getattr(self, name)
-            larger = np.zeros((new, *array.shape[1:]), array.dtype)
-            larger[:old] = array
-            setattr(self, name, larger)
-        self._names.extend([""] * (new - old))
-        self._free.extend(range(new - 1, old - 1, -1))
+    def _forget(self, slots: NDArray[np.int32]) -> None:
+        self._index.forget(slots)
+        self._sessions.rows["saved"][slots] = self._sessions.rows["restored"][slots] = False
+        if self._unknown:
+            for slot in slots.tolist():
+                self._unknown.pop(slot, None)
 
-    def _release(self, closed: Mapping[int, int | None]) -> None:
-        """Forget the blocks whose session closed (slot: marker) and did not start again within the batch."""
-        for slot, marker in closed.items():
-            if self._sessions["count"][slot]:
-                if marker is not None:
-                    self._urgent.add(slot)
-                continue
-            block = self._names[slot]
-            self._departed.append(Departed(block, bool(self._sessions["saved"][slot]), marker))
-            del self._slots[block]
-            self._names[slot] = ""
-            self._unknown.pop(slot, None)
-            self._free.append(slot)
+    def _silent_markers(self) -> NDArray[np.int32]:
+        """Return the slots that hold a marker only."""
+        return self._marked[self._sessions.rows["count"][self._marked] == 0]
+
+    def _open(self) -> NDArray[np.int32]:
+        return np.flatnonzero(self._sessions.rows["count"]).astype(np.int32)
+
+    def _make_room(self, events: int) -> None:
+        """Grow before the compiled loop begins, so that it never has to."""
+        sessions, used = self._sessions, int(self._sessions.roster[USED_PAGES])
+        rows, pages = sessions.rows, sessions.pages
+        if self._index.capacity > len(rows):
+            rows = grown(rows, self._index.capacity)
+        if used + events > len(pages.links):
+            pages = Pages(*(grown(array, max(2 * len(array), used + events)) for array in pages))
+        self._sessions = sessions._replace(rows=rows, pages=pages)
 
     def _prune_unknown(self, slot: int) -> None:
         names = self._unknown.get(slot)
         if names is not None:
-            inside = set(self._offsets[slot, : min(self._window, self._sessions[slot]["count"])].tolist())
+            inside = set(self.snapshot(slot).offsets.tolist()) if self.is_open(slot) else set()
             self._unknown[slot] = {offset: name for offset, name in names.items() if offset in inside}
 
     def _buffer(self) -> Looks:
@@ -294,3 +380,13 @@ class WindowStore:
                 np.zeros((MAX_LOOKS, self._window), np.int64),
             )
         return self._looks
+
+
+def _pages(count: int) -> Pages:
+    return Pages(
+        np.zeros((count, PAGE), np.uint16),
+        np.zeros((count, PAGE), np.uint32),
+        np.zeros((count, PAGE), np.int32),
+        np.zeros((count, 2), np.int64),
+        np.zeros((count, 2), np.int32),
+    )

@@ -8,7 +8,7 @@ over as many partitions as the topic has.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -137,24 +137,25 @@ def streamed(settings: Settings, artifacts: Artifacts, path: Path) -> Quiet:
     for number in numbers:
         detector.assign(number)
     left = Counter(event.block_id for event in read_events(path))
-    evidence, pending = 0.0, {number: EventBatch() for number in numbers}
+    evidence: float = 0.0
+    pending: dict[int, list[tuple[str, int, int, int]]] = {number: [] for number in numbers}
+    names: dict[int, dict[int, str]] = {number: {} for number in numbers}
     with progress_bar(f"streaming {path.name}", left.total()) as advance:
         for offset, event in enumerate(read_events(path)):
-            batch = pending[crc32(event.block_id.encode()) % len(numbers)]
+            number = crc32(event.block_id.encode()) % len(numbers)
             token = tokens.get(event.event_id, UNK)
             if token == UNK:
-                batch.unknown[len(batch)] = event.event_id
+                names[number][len(pending[number])] = event.event_id
             left[event.block_id] -= 1
             for what in (token,) if left[event.block_id] else (token, TOMBSTONE):
-                batch.blocks.append(event.block_id)
-                batch.tokens.append(what)
-                batch.times.append(event.timestamp)
-                batch.offsets.append(2 * offset + (what == TOMBSTONE))
+                pending[number].append((event.block_id, what, event.timestamp, 2 * offset + (what == TOMBSTONE)))
             if (offset + 1) % _BATCH == 0 or not left.total():
-                detector.process(pending)
+                detector.process({number: _batch(rows, names[number]) for number, rows in pending.items()})
                 evidence = max(ratio for number in numbers for ratio in (evidence, *_evidence(detector, number)))
                 advance((offset % _BATCH) + 1)
-                pending = {number: EventBatch() for number in numbers}
+                for number in numbers:
+                    pending[number].clear()
+                    names[number].clear()
     states = [detector.drift(number).state for number in numbers]
     return Quiet(
         f"{path.name}, {len(numbers)} partitions",
@@ -164,6 +165,12 @@ def streamed(settings: Settings, artifacts: Artifacts, path: Path) -> Quiet:
         sum(state.alarm is not None for state in states),
         evidence,
     )
+
+
+def _batch(rows: Sequence[tuple[str, int, int, int]], unknown: Mapping[int, str]) -> EventBatch:
+    """Return rows of block, token, time and offset as columns."""
+    blocks, tokens, times, offsets = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return EventBatch.of(blocks, tokens, times, offsets, unknown)
 
 
 def _evidence(detector: Detector, partition: int) -> Iterable[float]:

@@ -8,15 +8,14 @@ threshold came into force were judged by others as well: their alerts are counte
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from rich.table import Table
 
 from consumer.artifacts import Artifacts
-from consumer.events import Decoder, EventBatch, Undecodable
+from consumer.events import Messages
 from consumer.history import TopicHistory
 from consumer.records import DRIFT, DamagedRecordError, DriftState
 from consumer.settings import Settings, load_settings
@@ -82,9 +81,7 @@ def verify(settings: Settings) -> Comparison:
         for partition, end in committed.items():
             detector.assign(partition, since=since[partition])
             for messages in history.read(partition, 0, end):
-                batch = EventBatch()
-                for message in messages:
-                    _decode(decoder, message, batch)
+                batch, _ = decoder.decode(Messages.of(messages))  # what is refused is in the dead-letter topic
                 for alert in detector.process({partition: batch}):
                     if alert.source.first_offset >= since[partition]:
                         expected[alert.alert_id, alert.revision] = alert.encode()
@@ -137,11 +134,6 @@ def _in_force_since(settings: Settings, judge: bytes, committed: dict[int, int])
     finally:
         reader.close()
     return since
-
-
-def _decode(decoder: Decoder, message: Message, batch: EventBatch) -> None:
-    with suppress(Undecodable):  # such a message is in the dead-letter topic and in no window
-        decoder.decode(message.key(), message.value(), message.offset(), batch, message.timestamp()[1])
 
 
 def _committed(settings: Settings) -> dict[int, int]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from calibration.block_scores import CACHE, block_scores
 from calibration.traffic import PartitionTraffic, Traffic
-from consumer.events import Decoder
+from consumer.events import Decoder, Messages
 from consumer.scores import LookScores
 from consumer.settings import EventSettings
 from model.bundle import Bundle
@@ -31,17 +31,27 @@ def scorer():
     return Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 4, 16, 2, 1, 16)).eval(), vocabulary))
 
 
+class Sent:
+    """A message as the client hands it out."""
+
+    def __init__(self, key, value, offset):
+        self.key, self.value, self.offset = (lambda: key), (lambda: value), (lambda: offset)
+
+    def timestamp(self):
+        return 1, LATER
+
+
 def records_of(stream, first_offset=0):
     """`stream`: (block, event, time); event None is a tombstone, block None garbage."""
     records = []
     for offset, (block, event, time) in enumerate(stream, first_offset):
         if block is None:
-            records.append((None, b"garbage", offset, LATER))
+            records.append(Sent(None, b"garbage", offset))
         elif event is None:
-            records.append((block.encode(), None, offset, LATER))
+            records.append(Sent(block.encode(), None, offset))
         else:
             value = json.dumps({"block_id": block, "event_id": event, "timestamp": time}).encode()
-            records.append((block.encode(), value, offset, LATER))
+            records.append(Sent(block.encode(), value, offset))
     return records
 
 
@@ -55,7 +65,7 @@ def read(scorer, stream, *, begin=None, end=None, every=1, cut=False, cuts=(), f
     edges = [0, *sorted({edge % (len(records) + 1) for edge in cuts}), len(records)]
     for start, stop in itertools.pairwise(edges):
         if not part.is_over:
-            part.take(records[start:stop])
+            part.take(Messages.of(records[start:stop]))
     part.close()
     return traffic
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from consumer.alerts import schema
 from consumer.detector import Detector
 from consumer.events import TOMBSTONE, EventBatch
-from consumer.records import DriftState
+from consumer.records import DriftState, StoredSessions
 from consumer.settings import DriftSettings
 from model.vocabulary import BOS, END, PAD, UNK
 
@@ -33,16 +33,10 @@ def validate(alert):
 
 def batch_of(bundle, events, first_offset=0):
     """`events`: (block, event id or None for a tombstone, time)."""
-    batch = EventBatch()
-    for place, (block, name, time) in enumerate(events):
-        token = TOMBSTONE if name is None else bundle.vocabulary.tokens.get(name, UNK)
-        batch.blocks.append(block)
-        batch.tokens.append(token)
-        batch.times.append(time)
-        batch.offsets.append(first_offset + place)
-        if token == UNK:
-            batch.unknown[place] = name
-    return batch
+    tokens = [TOMBSTONE if name is None else bundle.vocabulary.tokens.get(name, UNK) for _, name, _ in events]
+    unknown = {place: name for place, (_, name, _) in enumerate(events) if tokens[place] == UNK}
+    offsets = range(first_offset, first_offset + len(events))
+    return EventBatch.of([block for block, _, _ in events], tokens, [time for _, _, time in events], offsets, unknown)
 
 
 def run(scorer, threshold, events, *, cuts=(), partition=3, cache_windows=1000, close=False):
@@ -225,8 +219,9 @@ def test_blocks_that_others_judged_as_well_do_not_count(scorer, make_threshold):
     assert old.take_drift(0) is None, "nothing changed"
     for limit, blocks, since in ((3.0, 8, 0), (3.1, 2, 11)):
         new = Detector(scorer, make_threshold(limit), topic="logs", cache_windows=1000)
-        state = old.snapshot(0, old.store(0)._slots["early"])
-        new.assign(0, {"early": state}, 0, 11, drift=DriftState.unpack(stored.pack()), since=11)
+        state = old.store(0).snapshot(old.store(0).slot_of(b"early"))
+        sessions = StoredSessions.of({"early": state}, scorer.bundle.vocabulary)
+        new.assign(0, sessions, 0, 11, drift=DriftState.unpack(stored.pack()), since=11)
         new.process({0: batch_of(scorer.bundle, events[11:], 11)})
         assert (new.drift(0).state.blocks, new.drift(0).state.since) == (blocks, since)
 

@@ -196,7 +196,7 @@ def test_screened_scores_have_the_levels_of_exact_ones(varied_scorer):
     store = WindowStore(window=6, every=1, idle_timeout=10**9)
     random = np.random.default_rng(8)
     count = 3000
-    batch = EventBatch(
+    batch = EventBatch.of(
         [f"b{random.integers(400)}" for _ in range(count)], random.integers(4, 8, count).tolist(),
         [0] * count, list(range(count)),
     )  # fmt: skip

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consumer import checkpoint
-from consumer.checkpoint import Checkpointer, Recovered, Replay, recover
+from consumer.checkpoint import Checkpointer, recover
 from consumer.detector import Detector
-from consumer.events import CLOCK, TOMBSTONE, EventBatch
+from consumer.events import TOMBSTONE, EventBatch
 from consumer.records import BLOCK, DRIFT, Checkpoint, DamagedRecordError, DriftState, SessionState, closed_marker
 from consumer.settings import DriftSettings
 from model.vocabulary import UNK, Vocabulary
@@ -21,17 +21,10 @@ TOUCHY = DriftSettings(failing_share=0, batch=3, false_alarm_every=100)
 
 
 def batch_of(vocabulary, events, begin, end):
-    batch = EventBatch()
-    for offset in range(begin, end):
-        block, name, time = events[offset]
-        token = TOMBSTONE if name is None else vocabulary.tokens.get(name, UNK)
-        if token == UNK:
-            batch.unknown[len(batch)] = name
-        batch.blocks.append(block)
-        batch.tokens.append(token)
-        batch.times.append(time)
-        batch.offsets.append(offset)
-    return batch
+    some = events[begin:end]
+    tokens = [TOMBSTONE if name is None else vocabulary.tokens.get(name, UNK) for _, name, _ in some]
+    unknown = {place: name for place, (_, name, _) in enumerate(some) if tokens[place] == UNK}
+    return EventBatch.of([block for block, _, _ in some], tokens, [t for _, _, t in some], range(begin, end), unknown)
 
 
 class Machine:
@@ -52,10 +45,10 @@ class Machine:
         self.detector.assign(
             PARTITION, found.sessions, watermark, start, drift=found.drift, since=max(self.committed, start)
         )
-        covered = {name: state.last_offset for name, state in found.sessions.items()} | found.markers
-        replay = Replay(self.committed, covered)
         for offset in range(start, self.committed):  # one by one: cuts must not matter here either
-            self.detector.replay(PARTITION, replay.masked(batch_of(vocabulary, self.events, offset, offset + 1)))
+            self.detector.replay(PARTITION, batch_of(vocabulary, self.events, offset, offset + 1))
+        if self.committed >= found.end:
+            self.detector.store(PARTITION).forget_markers()
         self.checkpointer = Checkpointer(self.detector, PARTITION, GROUP, found, start)
         self.position, self.pending = self.committed, []
 
@@ -154,7 +147,7 @@ def by_block(published):
 def test_the_property_fails_when_state_records_are_skipped(scorer, make_threshold, monkeypatch):
     """A check of the check: a session that is marked as saved without a record is missed after a crash."""
     events = [("X", "a", 0), ("X", "b", 1), ("X", "never seen", 2)]
-    monkeypatch.setattr(Checkpointer, "_sessions", lambda self, slots: [self._store.mark_saved(s) for s in slots][:0])
+    monkeypatch.setattr(Checkpointer, "_sessions", lambda self, slots: self._store.mark_saved(slots) or [])
     machine = Machine(scorer, make_threshold(0.5), events, 100)
     machine.read(2)
     machine.commit(finish=True)
@@ -190,7 +183,7 @@ def test_windows_outlive_a_change_of_vocabulary(scorer, make_threshold):
     machine.read(3)
     machine.commit(finish=True)
     other = Vocabulary(("b", "never seen", "z"))
-    state = recover(machine.topic, other).sessions["X"]
+    state = recover(machine.topic, other).sessions.states()["X"]
     assert [other.name(token) for token in state.tokens.tolist()] == ["<UNK>", "never seen", "b"]
     assert state.unknown == {0: "a"}
 
@@ -243,15 +236,8 @@ def test_what_is_no_record_is_refused(record):
             read(b"\x63" + record)
 
 
-def test_masked_events_only_move_the_clock():
-    batch = EventBatch(["A", "A", "B", "A"], [4, TOMBSTONE, UNK, 5], [1, 0, 3, 4], [0, 1, 2, 3], {2: "new"})
-    masked = Replay(4, {"A": 1, "B": 2}).masked(batch)
-    assert (masked.blocks, masked.tokens, masked.times) == (["A", "B", "A"], [CLOCK, CLOCK, 5], [1, 3, 4])
-    assert masked.unknown == {}
-
-
 def test_markers_cover_what_was_closed_from_outside(scorer):
     found = recover({b"BX": closed_marker(17).pack(b"12345678")}, scorer.bundle.vocabulary)
-    assert found.markers == {"X": 17}
-    assert found.sessions == {}
-    assert Recovered().markers == {}
+    assert found.sessions.markers == {b"X": 17}
+    assert len(found.sessions) == 0
+    assert found.end == 18

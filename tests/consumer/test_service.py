@@ -8,7 +8,7 @@ import pytest
 from confluent_kafka import TopicPartition
 
 from consumer.artifacts import Artifacts
-from consumer.checkpoint import Recovered, Replay
+from consumer.checkpoint import Replay, recover
 from consumer.delivery import TransactionAborted
 from consumer.patience import Patience
 from consumer.restore import Start
@@ -97,9 +97,9 @@ def service(bundle, make_threshold):
 
     class Restorer:
         @staticmethod
-        def start(partition, _):
+        def start(partition, vocabulary):
             offset = made._delivery.committed.get(partition, 0)
-            return Start(offset, Recovered(), Replay(offset, {}), [])
+            return Start(offset, recover({}, vocabulary), Replay(offset, offset), [])
 
     made._restorer = Restorer
     return made

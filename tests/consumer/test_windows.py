@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consumer.events import TOMBSTONE, EventBatch
+from consumer.records import StoredSessions, vocabulary_id
 from consumer.windows import MAX_LOOKS, WindowStore
-from model.vocabulary import BOS, END, PAD, UNK
+from model.vocabulary import BOS, END, PAD, UNK, Vocabulary
 
 WINDOW, IDLE = 5, 10
 
@@ -84,13 +85,17 @@ def batches(events, cuts):
     edges = [0, *sorted({cut % (len(events) + 1) for cut in cuts}), len(events)]
     for begin, end in itertools.pairwise(edges):
         some = events[begin:end]
-        yield EventBatch(
-            blocks=[block for block, _, _ in some],
-            tokens=[token for _, token, _ in some],
-            times=[time for _, _, time in some],
-            offsets=list(range(begin, end)),
-            unknown={place: f"name {begin + place}" for place, (_, token, _) in enumerate(some) if token == UNK},
+        yield EventBatch.of(
+            [block for block, _, _ in some],
+            [token for _, token, _ in some],
+            [time for _, _, time in some],
+            range(begin, end),
+            {place: f"name {begin + place}" for place, (_, token, _) in enumerate(some) if token == UNK},
         )
+
+
+def stored(sessions):
+    return StoredSessions.of(sessions, Vocabulary(tuple(f"event {number}" for number in range(20))))
 
 
 event = st.tuples(
@@ -131,7 +136,7 @@ def test_the_names_of_unknown_events_in_the_window_are_known(events, cuts):
                 names = store.unknown(int(fact["slot"]))
                 for token, offset in zip(looks.rows[place, 1:], looks.offsets[place, : fact["length"]], strict=False):
                     assert token != UNK or names[int(offset)] == f"name {offset}"
-    for slot in set(store._slots.values()):
+    for slot in store.unsaved().tolist():
         assert len(store.unknown(slot)) <= WINDOW, "names of events that left the window are forgotten"
 
 
@@ -150,9 +155,9 @@ def test_equal_windows_have_equal_hashes_and_different_ones_different(events):
 def test_a_jump_of_the_watermark_closes_more_sessions_than_fit_into_one_portion():
     store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
     count = 2 * MAX_LOOKS + 17
-    many = EventBatch([f"b{n}" for n in range(count)], [4] * count, [0] * count, list(range(count)))
+    many = EventBatch.of([f"b{n}" for n in range(count)], [4] * count, [0] * count, list(range(count)))
     assert sum(map(len, store.apply(many))) == count
-    jump = EventBatch(["late"], [5], [IDLE + 1], [count])
+    jump = EventBatch.of(["late"], [5], [IDLE + 1], [count])
     portions = [(len(looks), int(looks.facts["closing"].sum())) for looks in store.apply(jump)]
     assert sum(size for size, _ in portions) == count + 1
     assert sum(closing for _, closing in portions) == count
@@ -162,7 +167,7 @@ def test_a_jump_of_the_watermark_closes_more_sessions_than_fit_into_one_portion(
 
 def test_a_full_store_closes_the_longest_silent_block_first():
     store = WindowStore(window=WINDOW, every=10, idle_timeout=10**6, limit=3)
-    batch = EventBatch([*"ABCADE"], [4, 5, 6, 7, 4, 4], list(range(6)), list(range(6)))
+    batch = EventBatch.of([*"ABCADE"], [4, 5, 6, 7, 4, 4], list(range(6)), list(range(6)))
     evicted = [
         (store.block(fact["slot"]), row[: fact["length"] + 2].tolist())
         for looks in store.apply(batch)
@@ -179,11 +184,11 @@ def test_a_million_junk_blocks_cost_the_memory_of_the_limit():
     closed = rows = 0
     for begin in range(0, 1_000_000, batch):
         offsets = list(range(begin, begin + batch))
-        for looks in store.apply(EventBatch([f"junk {n}" for n in offsets], [4] * batch, [0] * batch, offsets)):
+        for looks in store.apply(EventBatch.of([f"junk {n}" for n in offsets], [4] * batch, [0] * batch, offsets)):
             closed += int(looks.facts["evicted"].sum())
         assert store.open_blocks == limit
         assert len(store.take_departed()) == batch - (limit if begin == 0 else 0)
-        rows = max(rows, len(store._sessions))
+        rows = max(rows, store._index.capacity)
     assert closed == 1_000_000 - limit
     assert rows <= 2 * (limit + batch)
 
@@ -191,15 +196,17 @@ def test_a_million_junk_blocks_cost_the_memory_of_the_limit():
 def test_rows_are_used_again():
     store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
     for number in range(5000):
-        some = EventBatch([f"b{number}"] * 2, [4, TOMBSTONE], [number, 0], [2 * number, 2 * number + 1])
+        some = EventBatch.of([f"b{number}"] * 2, [4, TOMBSTONE], [number, 0], [2 * number, 2 * number + 1])
         assert sum(map(len, store.apply(some))) == 2
-    assert len(store._sessions) == 1024
+    assert store._index.capacity == 1024
+    assert len(store._sessions.pages.links) == 1024
+    assert len(store._index._table.data) == 1024 * 32
 
 
 @pytest.mark.parametrize("lateness", [0, 5])
 def test_a_session_lives_its_idle_timeout_after_its_last_event_arrived(lateness):
     store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
-    batch = EventBatch(["A", "B", "A", "A"], [4] * 4, [100, 100, 100 - lateness, 100 + IDLE], list(range(4)))
+    batch = EventBatch.of(["A", "B", "A", "A"], [4] * 4, [100, 100, 100 - lateness, 100 + IDLE], list(range(4)))
     closing = np.concatenate([looks.facts["closing"] for looks in store.apply(batch)])
     assert not closing.any()
     assert store.open_blocks == 2
@@ -210,12 +217,12 @@ def test_a_larger_window_than_was_stored_shows_what_there_is():
     """A new model may look further back; the events that only it would have kept are gone."""
     small, large = (WindowStore(window=window, every=1, idle_timeout=IDLE) for window in (3, 6))
     tokens = [4, 5, 6, 7, 8]
-    batch = EventBatch(["A"] * 5, tokens, [0] * 5, list(range(5)))
+    batch = EventBatch.of(["A"] * 5, tokens, [0] * 5, list(range(5)))
     for _ in small.apply(batch):
         pass
     (slot,) = small.unsaved()
-    large.restore([("A", small.snapshot(slot))], 0, 5)
-    more = EventBatch(["A"] * 5, [9, 10, 11, 12, 13], [0] * 5, list(range(5, 10)))
+    large.restore(stored({"A": small.snapshot(slot)}), 0, 5)
+    more = EventBatch.of(["A"] * 5, [9, 10, 11, 12, 13], [0] * 5, list(range(5, 10)))
     shown = [item["tokens"][1:] for item in seen(large, large.apply(more))]
     everything = [*tokens, 9, 10, 11, 12, 13]
     assert shown == [everything[max(2, end - 6) : end] for end in range(6, 11)]
@@ -226,10 +233,48 @@ def test_a_larger_window_than_was_stored_shows_what_there_is():
 def test_a_limit_below_what_was_stored_lets_nothing_more_in():
     before = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
     names = [f"b{number}" for number in range(10)]
-    for _ in before.apply(EventBatch(names, [4] * 10, [0] * 10, list(range(10)))):
+    for _ in before.apply(EventBatch.of(names, [4] * 10, [0] * 10, list(range(10)))):
         pass
     after = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE, limit=3)
-    after.restore([(before.block(slot), before.snapshot(slot)) for slot in before.unsaved()], 0, 10)
-    for _ in after.apply(EventBatch([f"n{number}" for number in range(20)], [4] * 20, [0] * 20, list(range(10, 30)))):
+    after.restore(stored({before.block(slot): before.snapshot(slot) for slot in before.unsaved()}), 0, 10)
+    for _ in after.apply(
+        EventBatch.of([f"n{number}" for number in range(20)], [4] * 20, [0] * 20, list(range(10, 30)))
+    ):
         pass
     assert after.open_blocks <= 10
+
+
+far_events = st.lists(
+    st.tuples(
+        st.sampled_from("ABC"),
+        st.integers(4, 9),
+        st.integers(0, 60) | st.integers(0, 2**42),
+        st.integers(1, 9) | st.just(2**33),
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(far_events)
+def test_records_in_bulk_are_those_of_the_plain_description(events):
+    """Written one by one and in bulk they are the same bytes, and either way they are read as what they were."""
+    store = WindowStore(window=WINDOW, every=1, idle_timeout=2**50)
+    offsets = list(itertools.accumulate(step for *_, step in events))
+    batch = EventBatch.of(*([row[column] for row in events] for column in range(3)), offsets)
+    for _ in store.apply(batch):
+        pass
+    slots = store.unsaved()
+    vocabulary = Vocabulary(tuple(f"event {number}" for number in range(20)))
+    name = vocabulary_id(vocabulary.events)
+    states = {store.block(slot): store.snapshot(slot) for slot in slots.tolist()}
+    for record, state in zip(store.packed(slots, name), states.values(), strict=True):
+        assert record in (None, state.pack(name))
+        assert record is not None or max(offsets) > 2**32 or max(batch.times) >= 2**31
+    again = WindowStore(window=WINDOW, every=1, idle_timeout=2**50)
+    again.restore(StoredSessions.of(states, vocabulary), store.watermark, offsets[-1] + 1)
+    for block, state in states.items():
+        found = again.snapshot(again.slot_of(block.encode()))
+        for fact, value in vars(state).items():
+            assert np.array_equal(getattr(found, fact), value), fact

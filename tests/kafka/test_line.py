@@ -29,15 +29,13 @@ def offline(line):
     for number in range(line.settings.topics.partitions):
         detector.assign(number)
     for message in line.read(line.settings.topics.events):
-        batch = EventBatch(offsets=[message.offset()], blocks=[message.key().decode()])
-        if message.value() is None:
-            batch.tokens, batch.times = [TOMBSTONE], [0]
-        else:
+        token, time, unknown = TOMBSTONE, 0, {}
+        if message.value() is not None:
             event = json.loads(message.value())
-            token = bundle.vocabulary.tokens.get(event["event_id"], UNK)
-            batch.tokens, batch.times = [token], [event["timestamp"]]
+            token, time = bundle.vocabulary.tokens.get(event["event_id"], UNK), event["timestamp"]
             if token == UNK:
-                batch.unknown[0] = event["event_id"]
+                unknown[0] = event["event_id"]
+        batch = EventBatch.of([message.key().decode()], [token], [time], [message.offset()], unknown)
         for alert in detector.process({message.partition(): batch}):
             alerts.setdefault(alert.block_id, []).append(alert.encode())
     return alerts

@@ -1,0 +1,258 @@
+"""Byte strings in bulk, and an index of them: block ids to slots, for a million blocks and more.
+
+The index is a hash table in plain arrays with linear probing; deletion shifts back (Knuth, The Art of Computer
+Programming, vol. 3, 6.4, algorithm R), so that names which come and go leave no trace. The table holds a slot and 32
+bits of its name's hash; the names lie in one buffer, made anew when those of forgotten slots have filled it. Hashes are
+seeded at random: nobody can choose block ids that collide.
+"""
+
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+NONE = -1
+"""No slot."""
+
+_SLOTS, _NAME_BYTES = 1024, 32
+"""To begin with."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Byte strings in one buffer: string i is `data[begin[i] : begin[i] + size[i]]`.
+
+    Attributes:
+        data: (B,) the bytes of these strings and maybe of others.
+        begin, size: (N,) each.
+    """
+
+    data: NDArray[np.uint8]
+    begin: NDArray[np.int64]
+    size: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, strings: Iterable[bytes]) -> "Names":
+        """Lay strings side by side."""
+        strings = list(strings)
+        size = np.fromiter(map(len, strings), np.int32, len(strings))
+        return cls(np.frombuffer(b"".join(strings), np.uint8), np.cumsum(size, dtype=np.int64) - size, size)
+
+    def __len__(self) -> int:
+        return len(self.begin)
+
+    def __getitem__(self, place: int) -> bytes:
+        begin = int(self.begin[place])
+        return self.data[begin : begin + int(self.size[place])].tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[place] for place in range(len(self)))
+
+    def take(self, rows: "NDArray[np.int64] | NDArray[np.bool_] | slice") -> "Names":
+        """Return some of the strings; the buffer is shared."""
+        return Names(self.data, self.begin[rows], self.size[rows])
+
+
+class _Table(NamedTuple):
+    entries: NDArray[np.int32]  # (C, 2) a slot, or NONE; its name's hash, whose low bits say where it belongs
+    places: NDArray[np.int64]  # (S, 2) where a slot's name begins in `data`; its size, 0: the slot is free
+    free: NDArray[np.int32]  # (S,) a stack of the slots that were used before
+    counts: NDArray[np.int64]  # (5,) by the names below
+    data: NDArray[np.uint8]  # (B,)
+
+
+_TAKEN, _STACKED, _USED, _FILLED, _SEED = range(5)
+"""Counts: slots that have a name, slots on the stack, slots ever used, bytes written; and the seed of the hashes."""
+
+
+class NameIndex:
+    """Gives each name a slot, a small number, as long as it is not forgotten; free slots are given again."""
+
+    def __init__(self) -> None:
+        counts = np.zeros(5, np.int64)
+        counts[_SEED] = secrets.randbits(63)
+        self._table = _Table(
+            np.full((2 * _SLOTS, 2), NONE, np.int32),
+            np.zeros((_SLOTS, 2), np.int64),
+            np.zeros(_SLOTS, np.int32),
+            counts,
+            np.zeros(_SLOTS * _NAME_BYTES, np.uint8),
+        )
+
+    def __len__(self) -> int:
+        return int(self._table.counts[_TAKEN])
+
+    @property
+    def capacity(self) -> int:
+        """Slots are smaller than this; it only grows."""
+        return len(self._table.places)
+
+    def find(self, names: Names) -> NDArray[np.int32]:
+        """Return the slot of each name (N,), `NONE` where it has none."""
+        return self.locate(names, np.zeros(len(names), np.bool_))
+
+    def locate(self, names: Names, add: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """Return the slot of each name (N,); one that has none is given one where `add` (N,) says so."""
+        self._make_room(int(np.count_nonzero(add)), int(names.size[add].sum()))
+        slots = np.empty(len(names), np.int32)
+        _locate(self._table, names.data, names.begin, names.size, add, slots)
+        return slots
+
+    def name(self, slot: int) -> bytes:
+        """Return the name of a slot that has one."""
+        begin, size = self._table.places[slot].tolist()
+        return self._table.data[begin : begin + size].tobytes()
+
+    def names(self, slots: NDArray[np.int32]) -> Names:
+        """Return the names of slots (N,): views, valid until the next name is added."""
+        return Names(self._table.data, *self._table.places[slots].T)
+
+    def slots(self) -> NDArray[np.int32]:
+        """Return the slots that have a name, ascending."""
+        return np.flatnonzero(self._table.places[:, 1]).astype(np.int32)
+
+    def forget(self, slots: NDArray[np.int32]) -> None:
+        """Take the names of these slots (N,) away."""
+        _forget(self._table, slots)
+
+    def _make_room(self, names: int, size: int) -> None:
+        """Grow before the compiled loop begins, so that it never has to."""
+        table = self._table
+        capacity, data = self.capacity, table.data
+        while len(self) + names > capacity:
+            capacity *= 2
+        if capacity > self.capacity:
+            entries = np.full((2 * capacity, 2), NONE, np.int32)
+            _rehash(table.entries, entries)
+            self._table = _Table(
+                entries, grown(table.places, capacity), grown(table.free, capacity), table.counts, data
+            )
+        if table.counts[_FILLED] + size > len(data):
+            live, room = int(self._table.places[:, 1].sum()), len(data)
+            while 2 * (live + size) > room:
+                room *= 2
+            self._table = self._table._replace(data=np.zeros(room, np.uint8))
+            _move_names(self._table, data)
+
+
+def grown(array: NDArray[Any], length: int) -> NDArray[Any]:
+    """Return a longer array with the same rows, then zeros; these take no memory before they are written."""
+    larger = np.zeros((length, *array.shape[1:]), array.dtype)
+    larger[: len(array)] = array
+    return larger
+
+
+@njit(cache=True)
+def _locate(table, data, begins, sizes, add, out):
+    mask = len(table.entries) - 1
+    for i in range(len(begins)):
+        begin, size = begins[i], sizes[i]
+        tag = _hash(data, begin, size, table.counts[_SEED])
+        at = np.int64(tag) & mask
+        while table.entries[at, 0] != NONE:
+            if table.entries[at, 1] == tag and _is_name(table, table.entries[at, 0], data, begin, size):
+                break
+            at = (at + 1) & mask
+        if table.entries[at, 0] == NONE and add[i]:
+            slot = _take_slot(table)
+            filled = table.counts[_FILLED]
+            table.data[filled : filled + size] = data[begin : begin + size]
+            table.places[slot, 0] = filled
+            table.places[slot, 1] = size
+            table.counts[_FILLED] += size
+            table.entries[at, 0] = slot
+            table.entries[at, 1] = tag
+        out[i] = table.entries[at, 0]
+
+
+@njit(cache=True)
+def _take_slot(table):
+    counts = table.counts
+    counts[_TAKEN] += 1
+    if counts[_STACKED] > 0:
+        counts[_STACKED] -= 1
+        return table.free[counts[_STACKED]]
+    counts[_USED] += 1
+    return np.int32(counts[_USED] - 1)
+
+
+@njit(cache=True)
+def _is_name(table, slot, data, begin, size):
+    if table.places[slot, 1] != size:
+        return False
+    own = table.places[slot, 0]
+    for k in range(size):
+        if table.data[own + k] != data[begin + k]:
+            return False
+    return True
+
+
+@njit(cache=True)
+def _forget(table, slots):
+    mask = len(table.entries) - 1
+    counts, entries = table.counts, table.entries
+    for slot in slots:
+        hole = np.int64(_hash(table.data, table.places[slot, 0], table.places[slot, 1], counts[_SEED])) & mask
+        while entries[hole, 0] != slot:
+            hole = (hole + 1) & mask
+        at = (hole + 1) & mask
+        while entries[at, 0] != NONE:  # close the gap with names that belong at it or before it
+            home = np.int64(entries[at, 1]) & mask
+            if (at - home) & mask >= (at - hole) & mask:
+                entries[hole] = entries[at]
+                hole = at
+            at = (at + 1) & mask
+        entries[hole, 0] = NONE
+        table.places[slot, 1] = 0
+        table.free[counts[_STACKED]] = slot
+        counts[_STACKED] += 1
+        counts[_TAKEN] -= 1
+
+
+@njit(cache=True)
+def _rehash(old, entries):
+    mask = len(entries) - 1
+    for i in range(len(old)):
+        if old[i, 0] != NONE:
+            at = np.int64(old[i, 1]) & mask
+            while entries[at, 0] != NONE:
+                at = (at + 1) & mask
+            entries[at] = old[i]
+
+
+@njit(cache=True)
+def _move_names(table, old):
+    filled = 0
+    for slot in range(len(table.places)):
+        begin, size = table.places[slot]
+        if size > 0:
+            table.data[filled : filled + size] = old[begin : begin + size]
+            table.places[slot, 0] = filled
+            filled += size
+    table.counts[_FILLED] = filled
+
+
+@njit(cache=True)
+def _hash(data, begin, size, seed):
+    """Hash a string, eight bytes a round."""
+    digest = np.uint64(seed) ^ np.uint64(size)
+    word = np.uint64(0)
+    for k in range(size):
+        word = (word << np.uint64(8)) | np.uint64(data[begin + k])
+        if k & 7 == 7 or k == size - 1:
+            digest = mix(digest, word)
+            word = np.uint64(0)
+    return np.int32(digest & np.uint64(0xFFFFFFFF))
+
+
+@njit(cache=True, inline="always")
+def mix(digest, word):
+    """One round of a 64-bit hash (the finaliser of splitmix64)."""
+    digest = digest ^ (np.uint64(word) + np.uint64(0x9E3779B97F4A7C15))
+    digest = (digest ^ (digest >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    digest = (digest ^ (digest >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return digest ^ (digest >> np.uint64(31))
