@@ -1,6 +1,6 @@
 """The compiled loops of `consumer.windows`: plain loops over plain arrays, no Python objects.
 
-A window is a chain of pages of eight events, so a young session takes little room and an old one no more than its
+A window is a chain of pages of ten events, so a young session takes little room and an old one no more than its
 window. A page keeps offsets and times as distances from its first event's, in four bytes each; an event too far away
 for that begins a page of its own. The oldest page is free again as soon as the window no longer reaches into it.
 """
@@ -18,7 +18,7 @@ from model.vocabulary import BOS, END, PAD
 NO_WATERMARK = -(2**62)
 """The watermark before the first event: earlier than any."""
 
-PAGE = 8
+PAGE = 10
 """Events of a page."""
 
 UNLISTED = -2
