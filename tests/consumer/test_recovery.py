@@ -241,3 +241,21 @@ def test_markers_cover_what_was_closed_from_outside(scorer):
     assert found.sessions.markers == {b"X": 17}
     assert len(found.sessions) == 0
     assert found.end == 18
+
+
+def test_deletions_are_spread_over_commits_and_a_checkpoint_waits_for_them(scorer, make_threshold, monkeypatch):
+    """Else all that closes after a long pause of the log would have to fit into one transaction."""
+    monkeypatch.setattr(checkpoint, "PER_COMMIT", 3)
+    events = [(f"b{number}", "a", 0) for number in range(10)] + [("late", "a", 10**6)]
+    machine = Machine(scorer, make_threshold(100.0, idle_timeout_ms=300), events, 100)
+    machine.read(10)
+    machine.commit(finish=True)
+    assert len([key for key in machine.topic if key[:1] == BLOCK]) == 10
+    machine.read(1)  # closes them all
+    left, complete = [], []
+    for _ in range(5):
+        machine.commit(begin=True)
+        left.append(len([key for key in machine.topic if key[:1] == BLOCK and key != b"Blate"]))
+        complete.append(recover(machine.topic, scorer.bundle.vocabulary).checkpoint.offset == 11)
+    assert left == [7, 4, 1, 0, 0]
+    assert complete == [False, False, False, True, True]
