@@ -1,9 +1,10 @@
 """From windows to surprisals to scores.
 
-Two precisions, one meaning. `screen` runs on the device in float32, for speed; its result may move in the last
-digits with the batch it ran in. `exact` runs in float64 on the CPU and rounds to `GRID`, which is far coarser
-than float64's noise: the same window has the same exact score in every batch, on every machine. Whoever compares
-a score with a threshold uses the exact one; screening only says which windows are far below it.
+Two precisions, one meaning. `screen` runs on the device in float32, for speed (on the CPU through
+`model.compiled`, elsewhere through torch); its result may move in the last digits with the batch it ran in. `exact`
+runs in float64 on the CPU and rounds to `GRID`, which is far coarser than float64's noise: the same window has the
+same exact score in every batch, on every machine. Whoever compares a score with a threshold uses the exact one;
+screening only says which windows are far below it.
 """
 
 import copy
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.bundle import Bundle
+from model.compiled import CompiledNetwork
 from model.config import Strategy
 from model.vocabulary import BOS, PAD
 
@@ -41,7 +43,7 @@ EXPECTED = 3
 
 _BUCKETS = (8, 12, 16, 20, 24, 32, 40)
 _CELLS_CPU = 16_384
-"""Tokens in one forward pass: enough to keep a CPU's cores busy, small enough for its caches."""
+"""Tokens in one forward pass of torch: enough to keep a CPU's cores busy, small enough for its caches."""
 
 _CELLS_ACCELERATOR = 262_144
 """There a pass must be large, or starting it takes longer than it does."""
@@ -74,12 +76,20 @@ class Scorer:
         self.bundle = bundle
         self.strategy = strategy
         self.device = device or torch.device("cpu")
-        self._fast = copy.deepcopy(bundle.network).to(self.device).eval()
+        self._fast = (
+            CompiledNetwork(bundle.network)
+            if self.device.type == "cpu"
+            else copy.deepcopy(bundle.network).to(self.device).eval()
+        )
         self._exact = copy.deepcopy(bundle.network).double().eval()
 
     def screen(self, rows: Rows) -> NDArray[np.float64]:
         """Return the scores of `rows` to within `SCREEN_MARGIN`: (N,) in nats."""
-        return self._scores(self._fast, rows)
+        if not isinstance(self._fast, CompiledNetwork):
+            return self._scores(self._fast, rows)
+        surprisal = self._fast.surprisals(rows, (rows != PAD).sum(axis=1))  # (N, L)
+        real = (rows != PAD) & (rows != BOS)  # (N, L)
+        return _pool(torch.from_numpy(surprisal), torch.from_numpy(real), self.strategy).double().numpy()
 
     def exact(self, rows: Rows) -> NDArray[np.float64]:
         """Return the exact scores of `rows`: (N,) in nats, on the grid."""
@@ -105,16 +115,24 @@ class Scorer:
 
     @torch.inference_mode()
     def _scores(self, network: torch.nn.Module, rows: Rows) -> NDArray[np.float64]:
-        scores = np.empty(len(rows))
         device = next(network.parameters()).device
+        on_cuda = device.type == "cuda"
         cells = _CELLS_CPU if device.type == "cpu" else _CELLS_ACCELERATOR
         cells = min(cells, _LOGITS // self.bundle.network.shape.vocabulary)
+        places, found = [], []
         for chosen, length in _batches(rows, cells):
-            tokens = torch.from_numpy(rows[chosen, :length].astype(np.int64)).to(device)  # (B, L)
+            tokens = torch.from_numpy(rows[chosen, :length].astype(np.int32))  # (B, L)
+            if on_cuda:  # from pinned memory the copy overlaps with the pass before it
+                tokens = tokens.pin_memory()
+            tokens = tokens.to(device, non_blocking=on_cuda).long()
             logits = network(tokens)  # (B, L, V)
             surprisal = -F.log_softmax(logits, -1).gather(2, tokens[:, :, None])[:, :, 0]  # (B, L)
             real = (tokens != PAD) & (tokens != BOS)  # (B, L)
-            scores[chosen] = _pool(surprisal, real, self.strategy).cpu().numpy()
+            places.append(chosen)
+            found.append(_pool(surprisal, real, self.strategy))
+        scores = np.empty(len(rows))
+        if found:  # one wait for the device, after all passes are under way
+            scores[np.concatenate(places)] = torch.cat(found).cpu().numpy()
         return scores
 
 

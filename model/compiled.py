@@ -1,0 +1,309 @@
+"""The network's forward pass on CPU cores, without filler and without leaving their caches.
+
+It computes what `Autoencoder.forward` computes, in float32, from the same weights. Many windows go through together
+as (feature, token) arrays, so that a linear layer is one matrix product for all of them. Windows of one length lie
+side by side, token by token: the key that is r places further on is then, for all their tokens, the column a fixed
+distance away, and attention is long plain loops, too. What a trained network no longer needs is gone: gains and
+shifts of the normalisations and the scale of attention are folded into the weights behind them, the keys' bias
+cancels in the softmax, and the values' bias passes through it.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+
+from model.network import Autoencoder
+
+Floats = NDArray[np.float32]
+
+_TILE = 1024
+"""Tokens in one matrix product: enough to keep a core busy, few enough for its cache."""
+
+_STRIP = 256
+"""Tokens whose attention is worked out at a time, in the innermost cache."""
+
+_LOGITS = 2**22
+"""Numbers in a tile's output: a large vocabulary makes smaller tiles, not larger memory."""
+
+_ALIGNED = 8
+"""Windows of a large group are a multiple of this, so that its columns begin where vector registers load fastest."""
+
+_SHARE = 16
+"""Windows that are worth another thread."""
+
+_F, _U = np.float32, np.uint64
+_ZERO, _HALF, _ONE, _LOWEST, _EPSILON = _F(0), _F(0.5), _F(1), _F(-1e30), _F(1e-5)
+_LOG2_E, _LN2_HIGH, _LN2_LOW, _TINY = _F(1.44269504), _F(0.693359375), _F(-2.12194440e-4), _F(-87)
+_E2, _E3, _E4 = _F(0.5), _F(1.66666655e-1), _F(4.16657959e-2)
+_E5, _E6, _E7 = _F(8.33345191e-3), _F(1.39819995e-3), _F(1.98756915e-4)
+_ROOT_HALF, _P = _F(0.70710678), _F(0.3275911)
+_A1, _A2, _A3, _A4, _A5 = _F(0.254829592), _F(-0.284496736), _F(1.421413741), _F(-1.453152027), _F(1.061405429)
+_EXPONENT, _MANTISSA = np.int32(127), np.int32(23)
+
+# Sums may be reordered and nothing checks for division by zero: either would keep loops from becoming vector code.
+_compile = njit(fastmath=True, error_model="numpy", nogil=True, cache=True)
+_inline = njit(fastmath=True, error_model="numpy", inline="always")
+
+
+class Weights(NamedTuple):
+    """The network's weights as the compiled loops want them; those of the layers are stacked."""
+
+    token: Floats  # (D, V)
+    position: Floats  # (D, P)
+    qkv: Floats  # (layers, 3 D, D)
+    query: Floats  # (layers, D), the bias
+    out: Floats  # (layers, D, D)
+    out_bias: Floats  # (layers, D)
+    up: Floats  # (layers, FF, D)
+    up_bias: Floats  # (layers, FF)
+    down: Floats  # (layers, D, FF)
+    down_bias: Floats  # (layers, D)
+    logits: Floats  # (V, D)
+    logits_bias: Floats  # (V,)
+
+
+class CompiledNetwork:
+    """The network on as many CPU cores as torch would use, compiled when this is made, or read from a cache on disk."""
+
+    def __init__(self, network: Autoencoder) -> None:
+        self._weights = _folded(network)
+        self._heads = network.shape.heads
+        self._tile = min(_TILE, _LOGITS // network.shape.vocabulary)
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads)
+        self._forward(np.ones((1, 1), np.uint16), np.ones(1, np.int64))
+        self._blas = ThreadpoolController().select(user_api="blas")  # knows libraries that are loaded by now
+
+    def surprisals(self, rows: NDArray[np.uint16], lengths: NDArray[np.int64]) -> Floats:
+        """Return the surprisal, in nats, of the first `lengths` (N,) tokens of `rows` (N, L); 0 behind them."""
+        order = np.argsort(lengths, kind="stable")
+        threads = max(1, min(self._threads, len(rows) // _SHARE))
+        shares = [order[first::threads] for first in range(threads)]
+        found = np.empty(rows.shape, np.float32)
+        with self._blas.limit(limits=1):  # each of our threads multiplies on its own
+            parts = self._pool.map(lambda share: self._forward(rows[share], lengths[share]), shares)
+            for share, part in zip(shares, parts, strict=True):
+                found[share] = part
+        return found
+
+    def _forward(self, rows: NDArray[np.uint16], lengths: NDArray[np.int64]) -> Floats:
+        found = np.zeros(rows.shape, np.float32)
+        if len(rows):
+            _forward(rows, lengths, self._weights, self._heads, self._tile, found)
+        return found
+
+
+def _folded(network: Autoencoder) -> Weights:
+    """Fold what is constant after training into the matrices next to it, in float64."""
+    state = {name: weight.detach().cpu().double().numpy() for name, weight in network.state_dict().items()}
+    width, heads = network.shape.width, network.shape.heads
+    layers = []
+    for layer in range(network.shape.layers):
+        own = {name.removeprefix(f"layers.{layer}."): weight for name, weight in state.items()}
+        qkv = own["attention.qkv.weight"] * own["norm_attention.weight"]
+        bias = own["attention.qkv.bias"] + own["attention.qkv.weight"] @ own["norm_attention.bias"]
+        scale = (width // heads) ** -0.5
+        qkv[:width] *= scale
+        out, up = own["attention.out.weight"], own["feedforward.0.weight"]
+        out_bias = own["attention.out.bias"] + out @ bias[2 * width :]
+        up_bias = own["feedforward.0.bias"] + up @ own["norm_feedforward.bias"]
+        up = up * own["norm_feedforward.weight"]
+        down, down_bias = own["feedforward.2.weight"], own["feedforward.2.bias"]
+        layers.append((qkv, bias[:width] * scale, out, out_bias, up, up_bias, down, down_bias))
+    token = state["token.weight"]
+    parts = [token.T, state["position.weight"].T, *map(np.stack, zip(*layers, strict=True))]
+    parts += [token * state["norm.weight"], state["bias"] + token @ state["norm.bias"]]
+    return Weights(*(np.ascontiguousarray(part, np.float32) for part in parts))
+
+
+@_inline
+def _exp(x):
+    """Return e^x for x ≤ 0 as 2^n times a polynomial: a call of the C library would not become vector code."""
+    x = max(x, _TINY)
+    n = np.floor(x * _LOG2_E + _HALF)
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    p = (((((_E7 * r + _E6) * r + _E5) * r + _E4) * r + _E3) * r + _E2) * r * r + r + _ONE
+    return p * np.int32((np.int32(n) + _EXPONENT) << _MANTISSA).view(_F)
+
+
+@_inline
+def _gelu(x):
+    """Return x Φ(x), with formula 7.1.26 of Abramowitz and Stegun for the tail of Φ: good to 1.5e-7."""
+    z = abs(x) * _ROOT_HALF
+    t = _ONE / (_ONE + _P * z)
+    tail = ((((_A5 * t + _A4) * t + _A3) * t + _A2) * t + _A1) * t * _exp(-z * z)
+    return max(x, _ZERO) - _HALF * abs(x) * tail
+
+
+@_compile
+def _lay_out(rows, lengths, begin, tokens, places, owners, groups):
+    """Give the windows from `begin` on their columns, until all are taken: token i of a group's k-th is at i lanes + k.
+
+    Returns the window to go on with, the number of columns and that of groups: (first column, length, lanes).
+    """
+    count = at = 0
+    while begin < len(rows):
+        length, lanes = lengths[begin], 0
+        while (
+            begin + lanes < len(rows) and lengths[begin + lanes] == length and at + (lanes + 1) * length <= len(tokens)
+        ):
+            lanes += 1
+        if lanes == 0:
+            break
+        if lanes > _ALIGNED:  # the rest, fewer than this, becomes a group of its own
+            lanes -= lanes % _ALIGNED
+        groups[count] = at, length, lanes
+        for i in range(length):
+            for k in range(lanes):
+                tokens[at], places[at], owners[at] = rows[begin + k, i], i, begin + k
+                at += 1
+        begin += lanes
+        count += 1
+    return begin, at, count
+
+
+@_compile
+def _add_and_normalise(x, change, bias, y, mean, scale):
+    """Add `change` and `bias` to `x`; `y` is `x` with mean 0 and variance 1 in each column. All (D, T)."""
+    width, count = x.shape
+    mean[:] = _ZERO
+    scale[:] = _ZERO
+    for d in range(width):
+        for t in range(count):
+            x[d, t] += change[d, t] + bias[d]
+            mean[t] += x[d, t] / _F(width)
+    for d in range(width):
+        for t in range(count):
+            scale[t] += (x[d, t] - mean[t]) ** 2 / _F(width)
+    for t in range(count):
+        scale[t] = _ONE / np.sqrt(scale[t] + _EPSILON)
+    for d in range(width):
+        for t in range(count):
+            y[d, t] = (x[d, t] - mean[t]) * scale[t]
+
+
+@_compile
+def _attend(qkv, bias, group, heads, y, query, key, value, weight, highest, total):
+    """Mix the values (3 D, T) of a group of windows, each token with those of its own window: y (D, T).
+
+    Keys and values lie there twice in a row, so that r places further on is always r · lanes columns further on.
+    """
+    first, length, lanes = group
+    width, count = len(y), _U(length * lanes)  # indices are unsigned: numba would test signed ones for less than zero
+    head = width // heads
+    for h in range(heads):
+        for d in range(head):
+            row = h * head + d
+            for t in range(count):
+                at = _U(first) + t
+                query[d, t] = qkv[row, at] + bias[row]
+                key[d, t] = key[d, count + t] = qkv[width + row, at]
+                value[d, t] = value[d, count + t] = qkv[2 * width + row, at]
+        for strip in range(0, length * lanes, _STRIP):
+            here, size = _U(strip), min(_U(_STRIP), count - _U(strip))
+            for t in range(size):
+                highest[t], total[t] = _LOWEST, _ZERO
+            for r in range(length):
+                there = here + _U(r * lanes)
+                for t in range(size):
+                    weight[r, t] = _ZERO
+                for d in range(head):
+                    for t in range(size):
+                        weight[r, t] += query[d, here + t] * key[d, there + t]
+                for t in range(size):
+                    highest[t] = max(highest[t], weight[r, t])
+            for r in range(length):
+                for t in range(size):
+                    weight[r, t] = _exp(weight[r, t] - highest[t])
+                    total[t] += weight[r, t]
+            for d in range(head):
+                row, out = h * head + d, _U(first) + here
+                for t in range(size):
+                    y[row, out + t] = _ZERO
+                for r in range(length):
+                    there = here + _U(r * lanes)
+                    for t in range(size):
+                        y[row, out + t] += weight[r, t] * value[d, there + t]
+                for t in range(size):
+                    y[row, out + t] /= total[t]
+
+
+@_compile
+def _activate(hidden, bias):
+    for d in range(hidden.shape[0]):
+        for t in range(hidden.shape[1]):
+            hidden[d, t] = _gelu(hidden[d, t] + bias[d])
+
+
+@_compile
+def _surprise(logits, bias, tokens, highest, surprisal):
+    """Compute -log softmax(logits + bias) of each column's token. `logits` (V, T)."""
+    size, count = logits.shape
+    highest[:] = _LOWEST
+    surprisal[:] = _ZERO
+    for v in range(size):
+        for t in range(count):
+            logits[v, t] += bias[v]
+            highest[t] = max(highest[t], logits[v, t])
+    for v in range(size):
+        for t in range(count):
+            surprisal[t] += _exp(logits[v, t] - highest[t])
+    for t in range(count):
+        surprisal[t] = np.log(surprisal[t]) + highest[t] - logits[tokens[t], t]
+
+
+@_compile
+def _forward(rows, lengths, weights, heads, tile, found):
+    """Write the surprisals of `rows` (N, L), which come in order of their lengths, to `found` (N, L)."""
+    layers, feedforward, width = weights.up.shape
+    longest = lengths[-1]
+    room = max(longest, min(tile, lengths.sum()))
+    tokens, places, owners = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    groups = np.empty((2 * longest, 3), np.int64)
+    space = np.empty((6 * width + feedforward + len(weights.logits)) * room, _F)
+    mean, scale = np.empty(room, _F), np.empty(room, _F)
+    wide = room + _ALIGNED - room % _ALIGNED
+    query = np.empty((width // heads, wide), _F)
+    key, value = np.empty((width // heads, 2 * wide), _F), np.empty((width // heads, 2 * wide), _F)
+    weight, highest, total = np.empty((longest, _STRIP), _F), np.empty(_STRIP, _F), np.empty(_STRIP, _F)
+    begin = 0
+    while begin < len(rows):
+        begin, count, together = _lay_out(rows, lengths, begin, tokens, places, owners, groups)
+        at = 0
+        x = space[at : at + width * count].reshape(width, count)
+        at += x.size
+        y = space[at : at + width * count].reshape(width, count)
+        at += y.size
+        change = space[at : at + width * count].reshape(width, count)
+        at += change.size
+        qkv = space[at : at + 3 * width * count].reshape(3 * width, count)
+        at += qkv.size
+        hidden = space[at : at + feedforward * count].reshape(feedforward, count)
+        at += hidden.size
+        logits = space[at : at + len(weights.logits) * count].reshape(-1, count)
+        bias = np.zeros(width, _F)
+        for d in range(width):
+            for t in range(count):
+                x[d, t] = weights.token[d, tokens[t]]
+                change[d, t] = weights.position[d, places[t]]
+        for layer in range(layers):
+            _add_and_normalise(x, change, bias, y, mean[:count], scale[:count])
+            np.dot(weights.qkv[layer], y, qkv)
+            for group in groups[:together]:
+                _attend(qkv, weights.query[layer], group, heads, y, query, key, value, weight, highest, total)
+            np.dot(weights.out[layer], y, change)
+            _add_and_normalise(x, change, weights.out_bias[layer], y, mean[:count], scale[:count])
+            np.dot(weights.up[layer], y, hidden)
+            _activate(hidden, weights.up_bias[layer])
+            np.dot(weights.down[layer], hidden, change)
+            bias = weights.down_bias[layer]
+        _add_and_normalise(x, change, bias, y, mean[:count], scale[:count])
+        np.dot(weights.logits, y, logits)
+        _surprise(logits, weights.logits_bias, tokens, mean[:count], scale[:count])
+        for t in range(count):
+            found[owners[t], places[t]] = scale[t]
