@@ -1,6 +1,6 @@
 """Events in, alerts out: the whole of detection, without Kafka and without a clock."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
@@ -197,7 +197,7 @@ class Detector:
         # One portion of each partition at a time: the device sees all partitions in one batch.
         for portion in zip_longest(*streams.values()):
             present = [(number, looks) for number, looks in zip(streams, portion, strict=True) if looks is not None]
-            scores = self._scores.of(_joined([looks for _, looks in present]))
+            scores = self._scores.of(*(looks for _, looks in present))
             begin = 0
             for number, looks in present:
                 self.evicted += int(looks.facts["evicted"].sum())
@@ -295,15 +295,6 @@ def _position(looks: Looks, place: int, why: Explanation) -> int:
     """Return the offender's number in its session, from 1."""
     fact = looks.facts[place]
     return int(fact["count"]) - int(fact["length"]) + why.offender + 1
-
-
-def _joined(looks: Iterable[Looks]) -> Looks:
-    parts = list(looks)
-    if len(parts) == 1:
-        return parts[0]
-    return Looks(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("facts", "rows", "offsets", "times"))
-    )
 
 
 def _iso(milliseconds: int) -> str:

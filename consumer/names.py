@@ -99,7 +99,10 @@ class NameIndex:
         """Return the slot of each name (N,); one that has none is given one where `add` (N,) says so."""
         self._make_room(int(np.count_nonzero(add)), int(names.size[add].sum()))
         slots = np.empty(len(names), np.int32)
-        _locate(self._table, names.data, names.begin, names.size, add, slots)
+        data = names.data.view()
+        data.flags.writeable = False  # so that all names are of one type, for which the loop is compiled
+        begin, size = (np.ascontiguousarray(column, np.int64) for column in (names.begin, names.size))
+        _locate(self._table, data, begin, size, add, slots)
         return slots
 
     def name(self, slot: int) -> bytes:

@@ -1,5 +1,6 @@
 """Scores of looks: each distinct window is scored once."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,16 +44,16 @@ class LookScores:
         self.scored = 0
         """Windows that went through the network so far."""
 
-    def of(self, looks: Looks) -> NDArray[np.float64]:
-        """Return the scores of `looks`: (N,) in nats."""
-        hashes = np.ascontiguousarray(looks.facts["hash"])
+    def of(self, *portions: Looks) -> NDArray[np.float64]:
+        """Return the scores of the looks of all `portions`, one after the other: (N,) in nats."""
+        hashes = np.concatenate([looks.facts["hash"] for looks in portions])
         hashes[hashes == 0] = 1
-        scores = np.empty(len(looks))
+        scores = np.empty(len(hashes))
         found = _recall(self._new, self._old, hashes, scores)
         missing = np.flatnonzero(found == _NOWHERE)
         if len(missing):
             distinct, first, back = np.unique(hashes[missing], return_index=True, return_inverse=True)
-            fresh = self._score(looks.rows[missing[first]])
+            fresh = self._score(_rows(portions, missing[first]))
             scores[missing] = fresh[back]
             self._remember(distinct, fresh)
         if (again := found == _OLD).any():
@@ -92,6 +93,16 @@ class LookScores:
                 _add(larger, self._new.hashes, self._new.scores)
                 self._new = larger
             _add(self._new, hashes[some], scores[some])
+
+
+def _rows(portions: Sequence[Looks], places: NDArray[np.int64]) -> Rows:
+    """Return the rows at `places`, counted through all portions."""
+    rows, begin = np.empty((len(places), portions[0].rows.shape[1]), np.uint16), 0
+    for looks in portions:
+        here = (begin <= places) & (places < begin + len(looks))
+        rows[here] = looks.rows[places[here] - begin]
+        begin += len(looks)
+    return rows
 
 
 def _generation(windows: int) -> _Generation:

@@ -23,6 +23,7 @@ from consumer.faultpoints import come_by
 from consumer.letters import dead_letter
 from consumer.metrics import Metrics, MetricsServer, PartitionStatus, Status
 from consumer.patience import HOPELESS, Patience
+from consumer.rehearsal import rehearse
 from consumer.restore import Restorer, Start
 from consumer.settings import Settings
 from model.errors import UserError
@@ -92,6 +93,7 @@ class Service:
                 server.close()
 
     def _run(self) -> None:
+        rehearse(self._watcher.in_use, self._settings)
         self._delivery = delivery_for(self._settings, self._patience)
         try:
             self._consumer = Consumer(
