@@ -22,6 +22,7 @@ from consumer.drift import MEANING
 from consumer.events import EventBatch, Undecodable
 from consumer.faultpoints import come_by
 from consumer.letters import KINDS, dead_letter, kind
+from consumer.logs import minute
 from consumer.metrics import Metrics, PartitionStatus, Status
 from consumer.patience import HOPELESS, Patience
 from consumer.restore import Restorer, Start
@@ -91,7 +92,7 @@ class Service:
         listen = self._settings.metrics.listen
         server = WebServer(self._metrics, self._board, listen) if listen else None
         if server:
-            log.info("status page at http://%s/, metrics at /metrics", server.address)
+            log.info("metrics are at http://%s/metrics, the status page is at /", server.address)
         try:
             self._run()
         finally:
@@ -141,6 +142,7 @@ class Service:
         reload_interval = self._settings.reload.interval.total_seconds()
         reload_at = now + reload_interval
         status_at = now
+        reported = self.status()
         while not self._patience.stop_asked:
             self._metrics.beat()
             try:
@@ -168,7 +170,9 @@ class Service:
                 self._board.sample(status)
                 status_at = now + _STATUS_SECONDS
             if now >= report_at:
-                log.info("%s", self.summary())
+                before, reported = reported, self.status()
+                line, numbers = minute(before, reported, now - report_at + _REPORT_SECONDS)
+                log.info("last minute: %s", line, extra=numbers)
                 report_at = now + _REPORT_SECONDS
 
     def _read(self, seconds: float) -> None:
