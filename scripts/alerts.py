@@ -166,6 +166,7 @@ def decode(value: bytes) -> Alert:
 
 
 def columns(alert: Alert) -> tuple[str, ...]:
+    """Return time, severity, block, score, what happened and what was expected, as rich markup."""
     offender = alert.offender
     revision = f" (revision {alert.revision})" if alert.revision > 1 else ""
     expected = ", ".join(f"{other.event_id} {other.probability:.0%}" for other in offender.expected)

@@ -52,7 +52,7 @@ class LiveAlerts:
         """Yield the picture."""
         table = Table(expand=True)
         for heading, ratio, most in (
-            ("time", None, 19), ("severity", None, 12), ("block", 3, None), ("score", None, 16),
+            ("time", None, 23), ("severity", None, 12), ("block", 3, None), ("score", None, 16),
             ("what happened", 5, None), ("expected", 3, None),
         ):  # fmt: skip
             table.add_column(heading, ratio=ratio, max_width=most, no_wrap=True, overflow="ellipsis")
