@@ -2,23 +2,41 @@
 
 import logging
 import signal
+from argparse import Namespace
+
+import torch
 
 from consumer.artifacts import Artifacts
+from consumer.logs import FORMATS, changed, set_up
 from consumer.patience import Patience
 from consumer.service import Service
-from consumer.settings import load_settings
+from consumer.settings import Settings, load_settings
 from consumer.topics import STATE_CONFIG, TopicSpec, check_state_topic, ensure_topics, require_topic
 from model.cli import argument_parser, run
 from model.device import choose
+from model.errors import UserError
 
 log = logging.getLogger("consumer")
 
 
 def main() -> int:
-    """Start, say what with, run until SIGTERM or Ctrl-C, say what was done."""
+    """Do as the command line says; with JSON logs the last word is JSON, too."""
     parser = argument_parser("consumer", "Watch the log topic and publish anomaly alerts.")
-    settings = load_settings(parser.parse_args().config)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s")
+    parser.add_argument("--log-format", choices=FORMATS, default="text", help="lines for people, or a JSON object each")
+    arguments = parser.parse_args()
+    set_up(arguments.log_format)
+    try:
+        return _watch(arguments)
+    except UserError as error:
+        if arguments.log_format == "text":
+            raise
+        log.critical("%s", error)
+        return 2
+
+
+def _watch(arguments: Namespace) -> int:
+    """Start, say what with, run until SIGTERM or Ctrl-C, say what was done."""
+    settings = load_settings(arguments.config)
     patience = Patience()
     patience.end_on(signal.SIGTERM, signal.SIGINT)
 
@@ -32,17 +50,27 @@ def main() -> int:
         log.info("created topic %s", name)
     check_state_topic(settings)
     service = Service(settings, artifacts, patience)
-    log.info("reading %s as group %s from %s", topics.events, settings.kafka.group, settings.kafka.bootstrap)
-    log.info(
-        "alerts go to %s, undecodable messages to %s, delivery %s",
-        topics.alerts,
-        topics.dead_letters,
-        settings.delivery,
-    )
-    log.info("on %s: %s", device, artifacts)
+    log.info("settings   %s; not the defaults: %s", arguments.config, changed(settings))
+    _introduce(settings, artifacts, as_many, device)
     service.run()
     log.info("stopped: %s", service.summary())
     return patience.exit_status()
+
+
+def _introduce(settings: Settings, artifacts: Artifacts, partitions: int, device: torch.device) -> None:
+    topics, bundle, threshold = settings.topics, artifacts.bundle, artifacts.threshold
+    weights = sum(weight.numel() for weight in bundle.network.parameters())
+    graver = "".join(f", {level.name} above {level.threshold:g}" for level in threshold.levels[1:])
+    for what, text in (
+        ("reading", f"{topics.events}, {partitions} partitions, as group {settings.kafka.group}"),
+        ("brokers", settings.kafka.bootstrap),
+        ("writing", f"alerts to {topics.alerts}, undecodable messages to {topics.dead_letters}"),
+        ("delivery", f"{settings.delivery}, windows of open blocks on {topics.state}"),
+        ("model", f"{bundle.fingerprint[:12]}, {weights:,} weights on {device}, windows of {bundle.window} events"),
+        ("threshold", f"{threshold.threshold:g} nats ({threshold.strategy}){graver}"),
+        ("promise", f"at most {threshold.bound:.2g} of normal blocks alert (q = {threshold.quantile:g})"),
+    ):
+        log.info("%-10s %s", what, text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Events in, alerts out: the whole of detection, without Kafka and without a clock."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
@@ -18,7 +19,7 @@ from consumer.alerts import (
     WindowEvent,
     alert_id,
 )
-from consumer.drift import Drift, DriftTest, judge_id, levels
+from consumer.drift import EDGES, Drift, DriftTest, judge_id, levels
 from consumer.events import EventBatch
 from consumer.records import DriftState, StoredSessions
 from consumer.scores import LookScores
@@ -81,8 +82,16 @@ class Detector:
         self._topic = topic
         self._scores = LookScores(scorer, threshold.threshold, cache_windows)
         self._partitions: dict[int, _Partition] = {}
+        self.events = 0
+        """Events judged so far."""
         self.looks = 0
         """Looks taken so far."""
+        self.cached = 0
+        """Looks so far whose score was known already."""
+        self.levels: NDArray[np.int64] = np.zeros(len(EDGES) + 1, np.int64)
+        """Looks of this detector by the level of their score (`consumer.drift.levels`)."""
+        self.time_scoring: Callable[[], AbstractContextManager[object]] = nullcontext
+        """Entered around each scoring, for a caller that has a clock."""
         self.evicted = 0
         """Sessions closed so far to make room for others."""
         self.alarms: list[tuple[int, DriftState]] = []
@@ -95,7 +104,8 @@ class Detector:
 
     def count_on(self, other: "Detector") -> None:
         """Go on counting where `other` stopped, whose place this one takes."""
-        self.looks, self.evicted = other.looks, other.evicted
+        self.events, self.looks, self.cached, self.evicted = other.events, other.looks, other.cached, other.evicted
+        self.time_scoring = other.time_scoring
         self._scores.scored = other.scored
 
     @property
@@ -185,6 +195,7 @@ class Detector:
 
     def process(self, batches: Mapping[int, EventBatch]) -> list[Alert]:
         """Take in events, by partition, and return the alerts they cause, those of a block in order."""
+        self.events += sum(map(len, batches.values()))
         return self._alerts({partition: self._partitions[partition].store.apply(batch)
                              for partition, batch in batches.items()})  # fmt: skip
 
@@ -197,7 +208,10 @@ class Detector:
         # One portion of each partition at a time: the device sees all partitions in one batch.
         for portion in zip_longest(*streams.values()):
             present = [(number, looks) for number, looks in zip(streams, portion, strict=True) if looks is not None]
-            scores = self._scores.of(*(looks for _, looks in present))
+            known = self.scored
+            with self.time_scoring():
+                scores = self._scores.of(*(looks for _, looks in present))
+            self.cached += len(scores) - (self.scored - known)
             begin = 0
             for number, looks in present:
                 self.evicted += int(looks.facts["evicted"].sum())
@@ -209,7 +223,9 @@ class Detector:
     def _judge(self, number: int, looks: Looks, scores: NDArray[np.float64]) -> Iterator[Alert]:
         partition = self._partitions[number]
         hot = scores > self._threshold.threshold
-        highest = partition.store.rise(looks, levels(scores))
+        level = levels(scores)
+        self.levels += np.bincount(level, minlength=len(self.levels))
+        highest = partition.store.rise(looks, level)
         for place in np.flatnonzero(hot | looks.facts["closing"]).tolist():
             slot = int(looks.facts["slot"][place])
             before = partition.alerted.get(slot)

@@ -6,6 +6,26 @@ from consumer.delivery import Headers
 
 _BYTES = 500_000
 
+_KINDS = {
+    "not an event": "not_an_event",
+    "the message key is not": "foreign_key",
+    "the block id": "bad_id",
+    "the event id": "bad_id",
+    "the timestamp is further ahead": "far_future",
+    "the timestamp": "bad_timestamp",
+    "neither key": "bad_tombstone",
+    "the tombstone": "bad_tombstone",
+}
+_OTHER = "other"
+
+KINDS = (*dict.fromkeys(_KINDS.values()), _OTHER)
+"""Every kind of reason, for metrics: reasons themselves quote what was sent, and there is no end of them."""
+
+
+def kind(reason: str) -> str:
+    """Return which of `KINDS` a reason is of."""
+    return next((name for start, name in _KINDS.items() if reason.startswith(start)), _OTHER)
+
 
 def dead_letter(message: Message, reason: str) -> tuple[bytes | None, bytes | None, Headers]:
     """Return value, key and headers of the dead letter for a message, cut if it is larger than brokers may take."""

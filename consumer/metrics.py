@@ -1,27 +1,24 @@
-"""What the consumer does, for Prometheus, and whether it lives and is ready, for whoever keeps it running.
+"""What the consumer does, in numbers for Prometheus, and whether it lives.
 
 The service's loop hands over a `Status` now and then; a scrape, which runs in a thread of its own, reads the last one.
+`consumer.web` serves it.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from socketserver import ThreadingMixIn
-from threading import Thread
-from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from consumer.records import Question
-from model.errors import UserError
 
 PREFIX = "log_anomaly"
 
 HANGS_AFTER_SECONDS = 300.0
 """A loop that has not come by for so long hangs; a call to Kafka or restoring a large partition takes less."""
 
+_MESSAGES = (1, 10, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 100_000, 1_000_000)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -33,6 +30,7 @@ class PartitionStatus:
         open_blocks: sessions that are open.
         watermark: largest event time, in milliseconds.
         lag: messages in the topic that have not been read.
+        catch_up: messages to take in once more, without alerting, before the partition is restored.
         drift: how far each question is on its way to an alarm, which comes at 1.
         alarm: the question that raised the alarm.
     """
@@ -40,28 +38,44 @@ class PartitionStatus:
     open_blocks: int
     watermark: int | None
     lag: int | None
+    catch_up: int
     drift: Mapping[Question, float]
     alarm: Question | None
 
 
 @dataclass(frozen=True)
 class Status:
-    """How the service stands: `counts` by the name of the counter, partitions by number."""
+    """How the service stands.
+
+    Attributes:
+        ready: whether it judges what comes in: it is in its group, and its partitions are restored.
+        counts: by the name of the counter.
+        alerts: published, by severity.
+        dead_letters: by the kind of their reason, `consumer.letters.KINDS`.
+        reloads: by outcome.
+        levels: the threshold of each severity in nats, ascending; alerts begin at the first.
+        scores: looks by the level of their score (`consumer.drift.levels`).
+        artifacts: what names the model and the threshold in use.
+        partitions: those that are assigned, by number.
+    """
 
     ready: bool = False
     counts: Mapping[str, int] = field(default_factory=dict)
+    alerts: Mapping[str, int] = field(default_factory=dict)
+    dead_letters: Mapping[str, int] = field(default_factory=dict)
     reloads: Mapping[str, int] = field(default_factory=dict)
-    threshold: float = 0.0
+    levels: Mapping[str, float] = field(default_factory=dict)
+    scores: Sequence[int] = ()
     artifacts: Mapping[str, str] = field(default_factory=dict)
     partitions: Mapping[int, PartitionStatus] = field(default_factory=dict)
 
 
 _COUNTERS = {
     "messages": "Messages read.",
+    "events": "Events judged.",
     "looks": "Looks taken: scorings of a window, cached ones included.",
-    "windows_scored": "Windows that went through the network; the other looks came from the cache.",
-    "alerts": "Alerts published, revisions included.",
-    "dead_letters": "Messages that could not be decoded.",
+    "cache_hits": "Looks whose score was known already.",
+    "windows_scored": "Windows that went through the network, those of a restore included.",
     "evicted_blocks": "Blocks closed early to make room for others.",
 }
 
@@ -74,8 +88,15 @@ class Metrics:
         self.status = Status()
         self._came_by = time.monotonic()
         self.batch_seconds = self._histogram("batch_seconds", "Decoding and judging of one batch of messages.")
+        self.batch_messages = Histogram(
+            f"{PREFIX}_batch_messages", "Messages of one batch.", buckets=_MESSAGES, registry=self.registry
+        )
+        self.scoring_seconds = self._histogram("scoring_seconds", "Scores of one batch of looks: cache and network.")
         self.commit_seconds = self._histogram("commit_seconds", "Making alerts, windows and offsets durable.")
         self.restore_seconds = self._histogram("restore_seconds", "Restoring the windows of one partition.")
+        self.restored_records = Counter(
+            f"{PREFIX}_restored_records", "State records read to restore windows.", registry=self.registry
+        )
         self.registry.register(self)
 
     def beat(self) -> None:
@@ -92,18 +113,27 @@ class Metrics:
         status = self.status
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"{PREFIX}_{name}", text, value=status.counts.get(name, 0))
-        reloads = CounterMetricFamily(
-            f"{PREFIX}_reloads", "New models and thresholds, by what became of them.", labels=["outcome"]
-        )
-        for outcome in ("taken", "waiting", "refused"):
-            reloads.add_metric([outcome], status.reloads.get(outcome, 0))
-        yield reloads
-        yield GaugeMetricFamily(f"{PREFIX}_threshold_nats", "Threshold in use.", value=status.threshold)
+        yield _counter("alerts", "Alerts published, revisions included.", "severity", status.alerts)
+        yield _counter("dead_letters", "Messages that could not be decoded.", "reason", status.dead_letters)
+        outcomes = {outcome: status.reloads.get(outcome, 0) for outcome in ("taken", "waiting", "refused")}
+        yield _counter("reloads", "New models and thresholds, by what became of them.", "outcome", outcomes)
+        thresholds = GaugeMetricFamily(f"{PREFIX}_threshold_nats", "Thresholds in use.", labels=["severity"])
+        for severity, threshold in status.levels.items():
+            thresholds.add_metric([severity], threshold)
+        yield thresholds
+        yield GaugeMetricFamily(f"{PREFIX}_ready", "1 while all assigned partitions are restored.", float(status.ready))
         yield InfoMetricFamily(f"{PREFIX}_artifacts", "Model and threshold in use.", value=dict(status.artifacts))
         yield from _partitions(status.partitions)
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(f"{PREFIX}_{name}", text, buckets=_SECONDS, registry=self.registry)
+
+
+def _counter(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(f"{PREFIX}_{name}", text, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family
 
 
 def _partitions(partitions: Mapping[int, PartitionStatus]) -> Iterator[Metric]:
@@ -122,6 +152,17 @@ def _partitions(partitions: Mapping[int, PartitionStatus]) -> Iterator[Metric]:
         "Largest event time.",
         lambda status: None if status.watermark is None else status.watermark / 1000,
     )
+    now = time.time()
+    yield gauge(
+        "watermark_delay_seconds",
+        "How far the largest event time is behind the clock.",
+        lambda status: None if status.watermark is None else now - status.watermark / 1000,
+    )
+    yield gauge(
+        "catch_up_messages",
+        "Messages to take in once more before the partition is restored.",
+        lambda status: status.catch_up,
+    )
     labels = ["partition", "question"]
     evidence = GaugeMetricFamily(f"{PREFIX}_drift_evidence_ratio", "Evidence of drift; alarm at 1.", labels=labels)
     alarm = GaugeMetricFamily(f"{PREFIX}_drift_alarm", "1 where the threshold no longer holds.", labels=labels)
@@ -131,53 +172,3 @@ def _partitions(partitions: Mapping[int, PartitionStatus]) -> Iterator[Metric]:
             alarm.add_metric([str(number), question], float(status.alarm == question))
     yield evidence
     yield alarm
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _Silent(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it so
-        """Log nothing: a scrape is no news."""
-
-
-class MetricsServer:
-    """Serves /metrics, /healthz and /readyz in a thread of its own.
-
-    Args:
-        metrics: what to serve.
-        listen: host:port; port 0 takes any free one, which `address` tells.
-
-    Raises:
-        UserError: the address cannot be had.
-    """
-
-    def __init__(self, metrics: Metrics, listen: str) -> None:
-        host, _, port = listen.rpartition(":")
-        scrape = make_wsgi_app(metrics.registry)
-
-        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-            path = environ.get("PATH_INFO", "/")
-            if path == "/metrics":
-                return scrape(environ, start_response)
-            answers = {"/healthz": metrics.lives, "/readyz": metrics.lives and metrics.status.ready}
-            known = answers.get(path)
-            status = {True: "200 OK", False: "503 Service Unavailable", None: "404 Not Found"}[known]
-            start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-            return [status.partition(" ")[2].encode() + b"\n"]
-
-        try:
-            self._server = make_server(host, int(port), app, _Server, _Silent)
-        except (OSError, OverflowError) as error:
-            raise UserError(
-                f"metrics.listen: {listen} cannot be had ({getattr(error, 'strerror', None) or error}); name another "
-                "port, each consumer on a machine needs its own, or null for no metrics"
-            ) from None
-        self.address = f"{host}:{self._server.server_port}"
-        Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
-
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()

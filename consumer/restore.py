@@ -51,17 +51,29 @@ def _empty(offset: int, records: Mapping[bytes, bytes], vocabulary: Vocabulary) 
     return Start(offset, recover({}, vocabulary), Replay(offset, offset), list(records))
 
 
+def _tell_nobody(_: int) -> None:
+    pass
+
+
 class Restorer:
     """Reads state partitions, with a consumer of its own. Waits for brokers that are away, however long.
 
     Args:
         consumer: the group's, to ask for committed offsets.
+        progress: told how many more state records have been read, while they are.
     """
 
-    def __init__(self, settings: Settings, consumer: Consumer, patience: Patience) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        consumer: Consumer,
+        patience: Patience,
+        progress: Callable[[int], None] = _tell_nobody,
+    ) -> None:
         self._settings = settings
         self._group = consumer
         self._patience = patience
+        self._progress = progress
 
     def start(self, partition: int, vocabulary: Vocabulary) -> Start:
         """Return where to begin with an input partition, its windows in the tokens of `vocabulary`.
@@ -167,7 +179,9 @@ class Restorer:
         said = time.monotonic()
         reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
         while True:
-            for message in reader.consume(10_000, 0.2):
+            messages = reader.consume(10_000, 0.2)
+            self._progress(len(messages))
+            for message in messages:
                 error = message.error()
                 if error is None:
                     self._patience.heard()

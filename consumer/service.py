@@ -7,6 +7,7 @@ offsets. Whatever goes wrong before that, `Restorer` says where to begin again.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,17 +16,20 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from consumer.alerts import Alert
 from consumer.artifacts import Artifacts, ArtifactWatcher
+from consumer.board import Board
 from consumer.checkpoint import PER_COMMIT, Checkpointer, Replay
 from consumer.delivery import StateRecord, TransactionAborted, delivery_for
 from consumer.drift import MEANING
 from consumer.events import EventBatch, Messages
 from consumer.faultpoints import come_by
-from consumer.letters import dead_letter
-from consumer.metrics import Metrics, MetricsServer, PartitionStatus, Status
+from consumer.letters import KINDS, dead_letter, kind
+from consumer.logs import minute
+from consumer.metrics import Metrics, PartitionStatus, Status
 from consumer.patience import HOPELESS, Patience
 from consumer.rehearsal import rehearse
 from consumer.restore import Restorer, Start
 from consumer.settings import Settings
+from consumer.web import WebServer
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
@@ -73,8 +77,12 @@ class Service:
         self._astray: set[int] = set()
         self._checkpoint_at = 0.0
         self._metrics = Metrics()
+        self._board = Board(settings)
+        self._detector.time_scoring = self._metrics.scoring_seconds.time
         patience.call_while_waiting(self._metrics.beat)
-        self.messages = self.alerts = self.dead_letters = 0
+        self.messages = 0
+        self.alerts = Counter[str]()
+        self.dead_letters = Counter[str]()
 
     def run(self) -> None:
         """Work until a stop is asked for, then commit what is done and leave the group.
@@ -83,9 +91,9 @@ class Service:
             UserError: Kafka refuses to go on (wrong credentials, missing rights, topic deleted …).
         """
         listen = self._settings.metrics.listen
-        server = MetricsServer(self._metrics, listen) if listen else None
+        server = WebServer(self._metrics, self._board, listen) if listen else None
         if server:
-            log.info("metrics are at http://%s/metrics", server.address)
+            log.info("metrics are at http://%s/metrics, the status page is at /", server.address)
         try:
             self._run()
         finally:
@@ -111,7 +119,7 @@ class Service:
             )
         except KafkaException as error:
             raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
-        self._restorer = Restorer(self._settings, self._consumer, self._patience)
+        self._restorer = Restorer(self._settings, self._consumer, self._patience, self._metrics.restored_records.inc)
         try:
             self._consumer.subscribe(
                 [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
@@ -136,6 +144,7 @@ class Service:
         reload_interval = self._settings.reload.interval.total_seconds()
         reload_at = now + reload_interval
         status_at = now
+        reported = self.status()
         while not self._patience.stop_asked:
             self._metrics.beat()
             try:
@@ -159,10 +168,13 @@ class Service:
             if self._recovery_due:
                 self._recover()
             if now >= status_at:
-                self._metrics.status = self.status()
+                self._metrics.status = status = self.status()
+                self._board.sample(status)
                 status_at = now + _STATUS_SECONDS
             if now >= report_at:
-                log.info("%s", self.summary())
+                before, reported = reported, self.status()
+                line, numbers = minute(before, reported, now - report_at + _REPORT_SECONDS)
+                log.info("last minute: %s", line, extra=numbers)
                 report_at = now + _REPORT_SECONDS
 
     def _read(self, seconds: float) -> None:
@@ -171,6 +183,7 @@ class Service:
         if self._recovery_due:  # a callback lost the transaction: memory is ahead of what is committed
             self._recover()  # and the messages will be read again
         elif messages:
+            self._metrics.batch_messages.observe(len(messages))
             with self._metrics.batch_seconds.time():
                 self._take(messages)
 
@@ -179,40 +192,46 @@ class Service:
         evicted = f", {self._detector.evicted:,} closed early to make room" if self._detector.evicted else ""
         return (
             f"{self.messages:,} messages, {self._detector.looks:,} looks, {self._detector.scored:,} windows scored, "
-            f"{self.alerts:,} alerts, {self.dead_letters:,} dead letters, "
+            f"{self.alerts.total():,} alerts, {self.dead_letters.total():,} dead letters, "
             f"{self._detector.open_blocks:,} open blocks{evicted}"
         )
 
     def status(self) -> Status:
         """Return where things stand, for the metrics."""
         artifacts = self._watcher.in_use
+        levels = {level.name: level.threshold for level in artifacts.threshold.levels}
         return Status(
             ready=self._joined and not any(assigned.is_catching_up for assigned in self._assigned.values()),
             counts={
                 "messages": self.messages,
+                "events": self._detector.events,
                 "looks": self._detector.looks,
+                "cache_hits": self._detector.cached,
                 "windows_scored": self._detector.scored,
-                "alerts": self.alerts,
-                "dead_letters": self.dead_letters,
                 "evicted_blocks": self._detector.evicted,
             },
             reloads=dict(self._watcher.outcomes),
-            threshold=artifacts.threshold.threshold,
+            alerts=dict.fromkeys(levels, 0) | self.alerts,
+            dead_letters=dict.fromkeys(KINDS, 0) | self.dead_letters,
+            levels=levels,
+            scores=self._detector.levels.tolist(),
             artifacts={
                 "model": artifacts.bundle.fingerprint,
                 "strategy": artifacts.threshold.strategy,
-                "quantile": f"{artifacts.threshold.quantile:g}",
+                "calibration_quantile": f"{artifacts.threshold.quantile:g}",
             },
             partitions={number: self._partition_status(number) for number in self._assigned},
         )
 
     def _partition_status(self, number: int) -> PartitionStatus:
         store, drift = self._detector.store(number), self._detector.drift(number)
+        assigned = self._assigned[number]
         _, end = self._consumer.get_watermark_offsets(TopicPartition(self._topic, number), cached=True)
         return PartitionStatus(
             open_blocks=store.open_blocks,
             watermark=store.watermark,
-            lag=None if end < 0 else max(0, end - self._assigned[number].position),
+            lag=None if end < 0 else max(0, end - assigned.position),
+            catch_up=assigned.replay.until - assigned.position if assigned.replay and assigned.is_catching_up else 0,
             drift=drift.evidence(),
             alarm=drift.alarm,
         )
@@ -262,9 +281,10 @@ class Service:
                 if not self._detector.store(partition).open_blocks:
                     assigned.active = time.monotonic()
 
-    def _publish(self, alerts: Iterable[Alert]) -> None:
+    def _publish(self, alerts: Sequence[Alert]) -> None:
+        self._board.post(alerts)
         for alert in alerts:
-            self.alerts += 1
+            self.alerts[alert.severity] += 1
             self._delivery.send(self._settings.topics.alerts, alert.encode(), alert.block_id.encode(), [])
 
     def _say_alarms(self) -> None:
@@ -277,7 +297,7 @@ class Service:
         self._detector.alarms.clear()
 
     def _bury(self, message: Message, reason: str) -> None:
-        self.dead_letters += 1
+        self.dead_letters[kind(reason)] += 1
         self._delivery.send(self._settings.topics.dead_letters, *dead_letter(message, reason))
 
     def _commit(self, *, begin: bool = False, finish: Sequence[int] = ()) -> None:

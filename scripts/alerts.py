@@ -1,11 +1,14 @@
 """`python -m scripts.alerts`: reads the alerts topic for a person, or as JSON lines for a program."""
 
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import closing
 
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,17 +17,18 @@ from consumer.settings import Settings, load_settings
 from consumer.topics import require_topic
 from model.cli import argument_parser, console, errors, run
 from model.errors import UserError
+from scripts.live import OTHER_COLOUR, SEVERITY_COLOURS, LiveAlerts
 
 _SHOWN = 200
-
-_COLOURS = {"minor": "yellow", "major": "dark_orange", "critical": "bold red"}
-_OTHER_COLOUR = "magenta"
+_REDRAW_SECONDS = 0.25
 
 
 def main() -> None:
     """Print the alerts that are there; with --follow also those to come."""
     parser = argument_parser("scripts.alerts", "Read the alerts topic.")
-    parser.add_argument("--follow", action="store_true", help="go on with new alerts until Ctrl-C")
+    parser.add_argument(
+        "--follow", action="store_true", help="go on with new alerts until Ctrl-C: a live view on a terminal"
+    )
     parser.add_argument("--json", action="store_true", help="one alert a line, as published")
     parser.add_argument("--last", type=int, default=_SHOWN, metavar="N", help=f"rows in the table (default: {_SHOWN})")
     arguments = parser.parse_args()
@@ -36,6 +40,9 @@ def main() -> None:
 
 
 def _print(settings: Settings, arguments: Namespace) -> None:
+    if arguments.follow and console.is_terminal and not arguments.json:
+        watch(settings)
+        return
     values = read_alerts(settings, follow=arguments.follow)
     if arguments.json:
         for value in values:
@@ -54,7 +61,7 @@ def _print(settings: Settings, arguments: Namespace) -> None:
         ):
             table.add_column(heading, max_width=most, overflow="fold")
         for alert in alerts[-arguments.last :] if arguments.last > 0 else ():
-            when, severity, block, score, what, expected = _cells(alert)
+            when, severity, block, score, what, expected = columns(alert)
             table.add_row(when, block, f"{severity}\n{score}", f"{what}\n[dim]expected {expected}[/]")
         console.print(table)
         if len(alerts) > arguments.last:
@@ -89,22 +96,48 @@ class TopicReader:
         return not self._unread
 
     def poll(self, seconds: float) -> Message | None:
-        """Return the next message, None when none came within `seconds`."""
-        message = self._consumer.poll(seconds)
+        """Return the next message, None when none came within `seconds`.
+
+        Raises:
+            UserError: Kafka refuses.
+        """
+        try:
+            message = self._consumer.poll(seconds)
+        except KafkaException as error:
+            raise UserError(f"{self._topic}: {error.args[0].str()}") from None
         if message is None:
             return None
-        error = message.error()
-        if error is None:
+        trouble = message.error()
+        if trouble is None:
             return message
-        if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's name for it
+        if trouble.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's name for it
             self._unread.discard(message.partition())
-        elif not error.retriable():
-            raise UserError(f"{self._topic}: {error.str()}")
+        elif not trouble.retriable():
+            raise UserError(f"{self._topic}: {trouble.str()}")
         return None
 
     def close(self) -> None:
         """Give back the connection."""
         self._consumer.close()
+
+
+def watch(settings: Settings) -> None:
+    """Show the alerts as a picture that stays in place, until Ctrl-C.
+
+    Raises:
+        UserError: as `TopicReader` and `decode`.
+    """
+    view = LiveAlerts(settings.topics.alerts, columns)
+    reader = TopicReader(settings, settings.topics.alerts)
+    drawn = 0.0
+    with closing(reader), Live(view, console=console, auto_refresh=False) as live:
+        while True:
+            message = reader.poll(_REDRAW_SECONDS)
+            if message is not None:
+                view.take(decode(message.value()), message.timestamp()[1] / 1000)
+            if time.monotonic() - drawn >= _REDRAW_SECONDS:
+                live.refresh()
+                drawn = time.monotonic()
 
 
 def read_alerts(settings: Settings, *, follow: bool = False) -> Iterator[bytes]:
@@ -113,16 +146,11 @@ def read_alerts(settings: Settings, *, follow: bool = False) -> Iterator[bytes]:
     Raises:
         UserError: as `TopicReader`.
     """
-    reader = TopicReader(settings, settings.topics.alerts)
-    try:
+    with closing(TopicReader(settings, settings.topics.alerts)) as reader:
         while follow or not reader.at_end:
             message = reader.poll(0.2)
             if message is not None:
                 yield message.value()
-    except KafkaException as error:
-        raise UserError(f"{settings.topics.alerts}: {error.args[0].str()}") from None
-    finally:
-        reader.close()
 
 
 def decode(value: bytes) -> Alert:
@@ -137,7 +165,8 @@ def decode(value: bytes) -> Alert:
         raise UserError(f"a message in the alerts topic is no alert of this version ({error}); use --json") from None
 
 
-def _cells(alert: Alert) -> tuple[str, ...]:
+def columns(alert: Alert) -> tuple[str, ...]:
+    """Return time, severity, block, score, what happened and what was expected, as rich markup."""
     offender = alert.offender
     revision = f" (revision {alert.revision})" if alert.revision > 1 else ""
     expected = ", ".join(f"{other.event_id} {other.probability:.0%}" for other in offender.expected)
@@ -153,13 +182,18 @@ def _cells(alert: Alert) -> tuple[str, ...]:
         what,
         expected,
     )
-    colour = _COLOURS.get(alert.severity, _OTHER_COLOUR)
-    return escape(when), f"[{colour}]{escape(alert.severity)}[/]", *map(escape, cells)
+    colour = SEVERITY_COLOURS.get(alert.severity, OTHER_COLOUR)
+    return escape(when), f"[{colour}]{escape(alert.severity)}[/]", *map(_plain, cells)
+
+
+def _plain(text: str) -> str:
+    """Return text that neither rich nor the terminal takes for more than text: names are written by anyone."""
+    return escape("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))
 
 
 def one_line(alert: Alert) -> str:
     """Return the alert as a line of rich markup."""
-    when, severity, block, score, what, expected = _cells(alert)
+    when, severity, block, score, what, expected = columns(alert)
     return f"{when}  {severity}  [bold]{block}[/]  {score}  {what}  [dim]expected {expected}[/]"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import yaml
@@ -68,29 +69,29 @@ def main() -> int:
         f"{len(live.events):,} events of {len(live.blocks):,} blocks, {len(live.faults)} of which will fail"
     )
 
-    with _broker() as bootstrap:
-        config = _config(folder, bootstrap, arguments.epochs)
+    with embedded_broker() as bootstrap:
+        config = configure(folder, bootstrap, arguments.epochs)
         settings = load_settings(config)
         _title("2. python -m model: what healthy looks like")
-        _command("model", config, "--normal", str(folder / "train" / "sessions.jsonl"))
+        command("model", config, "--normal", str(folder / "train" / "sessions.jsonl"))
         _title("3. python -m calibration: where healthy ends")
-        _command("calibration", config, "--normal", str(folder / "calibration" / "sessions.jsonl"))
+        command("calibration", config, "--normal", str(folder / "calibration" / "sessions.jsonl"))
         _title("4. python -m consumer: watching the stream")
         found, seconds = _stream(settings, config, live, folder / "consumer.log")
     return _summary(live, found, seconds)
 
 
 @contextmanager
-def _broker() -> Iterator[str]:
+def embedded_broker() -> Iterator[str]:
     """Run librdkafka's mock cluster; it lives as long as its client."""
     client = AdminClient({"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 0})
     brokers = client.list_topics(timeout=10).brokers.values()
     yield ",".join(f"{broker.host}:{broker.port}" for broker in brokers)
 
 
-def _config(folder: Path, bootstrap: str, epochs: int) -> Path:
-    """Write the demo's settings: those that differ from the defaults."""
-    settings = {
+def configure(folder: Path, bootstrap: str, epochs: int, **changes: Any) -> Path:
+    """Write the demo's settings, those that differ from the defaults, and make its topics; return the file."""
+    settings: dict[str, Any] = {
         "kafka": {"bootstrap.servers": bootstrap, "consumer": {"group.id": "demo"}},
         "device": "cpu",
         "delivery": "at_least_once",  # the mock has no transactional offsets
@@ -98,6 +99,8 @@ def _config(folder: Path, bootstrap: str, epochs: int) -> Path:
         "training": {"epochs": epochs},
         "calibration": {"path": str(folder / "threshold.json"), "quantile": 0.995},
     }
+    for section, values in changes.items():
+        settings[section] = settings.get(section, {}) | values
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     topics = Settings().topics
@@ -107,7 +110,12 @@ def _config(folder: Path, bootstrap: str, epochs: int) -> Path:
     return path
 
 
-def _command(module: str, config: Path, *options: str) -> None:
+def command(module: str, config: Path, *options: str) -> None:
+    """Run one of the project's commands to its end.
+
+    Raises:
+        UserError: it fails.
+    """
     done = subprocess.run([sys.executable, "-m", module, "--config", str(config), *options], check=False)
     if done.returncode:
         raise UserError(f"python -m {module} ended with status {done.returncode}; its message is above")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from consumer.alerts import SCHEMA_VERSION, Alert, Expected, Offender, Source, WindowEvent
 from consumer.threshold import Certificate, Level, Threshold
 from model.bundle import Bundle
 from model.network import Autoencoder, Shape
@@ -79,6 +80,21 @@ def make_threshold(bundle):
             ),
             blocks=4, blocks_per_day=None, window=WINDOW, every=every, idle_timeout_ms=idle_timeout_ms,
             model=bundle.fingerprint, score_quantiles={}, scores=(0.5, 1.0, 2.0), counts=(1, 2, 1),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_alert():
+    def make(number, *, block="blk_1", event="E7", template=None, revision=1):
+        """An alert about the second of three events; `number` makes it another session's."""
+        moment = "2008-11-09T20:35:30.000Z"
+        return Alert(
+            SCHEMA_VERSION, f"{number:032x}", revision, block, "event", "minor", 5.25, 1.5, "max", 0.01,
+            Offender(2, event, template, 5.25, (Expected("E9", "expected of <*>", 0.9),), 7, moment),
+            (WindowEvent("E5", 0.1), WindowEvent(event, 5.25), WindowEvent("E5", 0.02)),
+            3, moment, moment, Source("log-events", 4, 3, 9), "ab" * 32, None,
         )  # fmt: skip
 
     return make

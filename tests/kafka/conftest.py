@@ -110,11 +110,11 @@ class Line:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def start_consumer(self, fault=""):
+    def start_consumer(self, fault="", options=()):
         log = self.config.with_suffix(f".{len(self.processes)}.log")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "consumer", "--config", str(self.config)],
+                [sys.executable, "-m", "consumer", "--config", str(self.config), *options],
                 env=os.environ | {"LOG_ANOMALY_FAULT": fault},
                 cwd=ROOT, stdout=output, stderr=output,
             )  # fmt: skip

@@ -33,12 +33,20 @@ def test_drift_is_said_carried_measured_and_survives_a_kill(line):
     made.wait_for(lambda: made.lag() == 0, what="committing the first blocks")
     assert get("/healthz") == get("/readyz") == "OK\n"
     made.wait_for(lambda: scraped("messages_total") == 24, what="counting")
-    assert scraped("alerts_total") >= 12
+    severities = re.findall(r"^log_anomaly_alerts_total{severity=.*} (.+)$", get("/metrics"), re.MULTILINE)
+    assert sum(map(float, severities)) >= 12
+    assert scraped("batch_messages_sum") == 24
+    assert scraped("scoring_seconds_count") >= 1
+    assert "<title>" in get("/")
+    board = json.loads(get("/status.json"))
+    assert {shown["alert"]["block_id"] for shown in board["alerts"]} == {f"b{number}" for number in range(12)}
+    assert sum(board["status"]["scores"]) == board["status"]["counts"]["looks"] == 24
     assert scraped('drift_alarm{partition="0",question="tail"}') == 0
     assert 0 < scraped('drift_evidence_ratio{partition="0",question="tail"}') < 1
     assert scraped('lag_messages{partition="0"}') == 0
     assert scraped("commit_seconds_count") >= 1
     assert scraped("restore_seconds_count") == 3
+    assert scraped('catch_up_messages{partition="0"}') == 0
     made.stop(process, signal.SIGKILL)
 
     process = made.start_consumer()
@@ -46,6 +54,7 @@ def test_drift_is_said_carried_measured_and_survives_a_kill(line):
     made.wait_for(lambda: made.lag() == 0, what="committing all blocks")
     address = re.search(r"metrics are at http://(\S+)/metrics", process.log.read_text())[1]
     made.wait_for(lambda: scraped('drift_alarm{partition="0",question="tail"}') == 1, what="the alarm")
+    assert scraped("restored_records_total") >= 1
     assert made.stop(process)[0] == 0
     said = process.log.read_text()
     (blocks,) = re.findall(rf"{made.settings.topics.events}/0: drift \(tail\) after (\d+) blocks", said)

@@ -233,3 +233,23 @@ def test_offsets_are_committed_only_after_their_alerts_are_acknowledged(line):
     assert len(alerted) >= committed
     made.consume_all()
     assert len({message.key() for message in made.read(made.settings.topics.alerts)}) == 20_000
+
+
+def test_json_logs_are_an_object_a_line_librdkafkas_too_and_tell_no_secret(line):
+    made = line(kafka={"sasl.password": "s3cret", "linger.ms": 5, "log_level": 6})
+    process = made.start_consumer(options=["--log-format", "json"])
+    made.wait_for(lambda: "assigned partitions" in process.log.read_text(), what="joining")
+    assert made.stop(process)[0] == 0
+    said = process.log.read_text()
+    assert "s3cret" not in said
+    lines = [json.loads(text) for text in said.splitlines()]
+    assert all({"timestamp", "level", "logger", "message"} <= line.keys() for line in lines)
+    messages = [line["message"] for line in lines]
+    assert any("CONFWARN" in message for message in messages), "librdkafka warns of a producer's setting"
+    assert messages[-1].startswith("stopped: 0 messages")
+    introduction = "\n".join(messages)
+    for text in (
+        f"{made.settings.topics.events}, 3 partitions, as group ", f"alerts to {made.settings.topics.alerts}",
+        "exactly_once", "weights on cpu", " nats (max)", "not the defaults: topics.events ",
+    ):  # fmt: skip
+        assert text in introduction

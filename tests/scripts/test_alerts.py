@@ -1,11 +1,15 @@
 """How an alert reads on a terminal."""
 
+import io
+
 import msgspec
 import pytest
+from rich.console import Console
 from rich.text import Text
 
 from consumer.alerts import Alert
-from scripts.alerts import one_line
+from scripts.alerts import columns, one_line
+from scripts.live import LiveAlerts
 
 ALERT = msgspec.convert(
     {
@@ -28,6 +32,8 @@ def test_a_line_says_everything_and_no_name_is_taken_for_markup():
     text = Text.from_markup(one_line(ALERT)).plain
     assert "2008-11-09 20:35:30  minor  blk_[red]1  5.25 > 1.50" in text
     assert "event 2 is E7: disk [bold]full  expected E9 90%" in text
+    hostile = Text.from_markup(one_line(msgspec.structs.replace(ALERT, block_id="a\x1b[2J\nb\u202e"))).plain
+    assert "  a\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}  " in hostile
 
 
 @pytest.mark.parametrize(
@@ -37,3 +43,41 @@ def test_severity_has_its_colour(severity, style):
     line = Text.from_markup(one_line(msgspec.structs.replace(ALERT, severity=severity)))
     styles = {line.plain[span.start : span.end]: str(span.style) for span in line.spans}
     assert styles[severity] == style
+
+
+def drawn(view, width=140, height=20):
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
+    with console.capture() as picture:
+        console.print(view)
+    return picture.get()
+
+
+def test_the_live_view_shows_the_newest_first_and_fits_the_terminal():
+    now = 1000.0
+    view = LiveAlerts("alerts", columns, clock=lambda: now)
+    for number in range(300):
+        block = "[red]\x1b[31m" if number == 299 else f"blk_{number}"
+        severity = "critical" if number % 3 == 0 else "minor"
+        changes = {"alert_id": f"{number:032x}", "block_id": block, "severity": severity}
+        view.take(msgspec.structs.replace(ALERT, **changes), now - 300 + number)
+    picture = drawn(view)
+    title, *lines = picture.splitlines()
+    assert title.startswith("alerts  300 alerts, 60 in the last minute  200 minor  100 critical")
+    assert len(lines) < 20
+    assert "[red]" in lines[3]
+    assert "\x1b[31m" not in picture
+    assert "blk_298" in lines[4]
+    assert "blk_0 " not in picture
+    now = 1040.0
+    assert ", 20 in the last minute" in drawn(view)
+    assert len(drawn(view, height=3).splitlines()) < 8, "a terminal that small still shows the newest"
+
+
+def test_a_revision_takes_the_place_of_what_it_revises():
+    view = LiveAlerts("alerts", columns)
+    for alert_id, block, revision in (("a", "first", 1), ("b", "second", 1), ("a", "first", 2)):
+        view.take(msgspec.structs.replace(ALERT, alert_id=alert_id, block_id=block, revision=revision), 0.0)
+    rows = [line for line in drawn(view).splitlines() if "minor" in line and "│" in line]
+    assert len(rows) == 2
+    assert "first (revision 2)" in rows[0]
+    assert "second" in rows[1]
