@@ -40,6 +40,7 @@ def _watch(arguments: Namespace) -> int:
     patience = Patience()
     patience.end_on(signal.SIGTERM, signal.SIGINT)
 
+    torch.set_num_threads(1)  # its threads wait for each other by spinning, at the cost of Kafka's
     artifacts = Artifacts.load(settings)
     device = choose(settings.device)
     topics = settings.topics
