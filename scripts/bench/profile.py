@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model.cli import console
-from scripts.bench.stage import Stage, committed, drained, wait
+from scripts.bench.stage import Stage, committed, settled, wait
 
 _FRAME = re.compile(r"([\w.<>]+) \((?:.*/)?(?:consumer|model)/(\w+)\.py:\d+\)")
 _SAMPLER = "py-spy"
@@ -34,7 +34,7 @@ def profile(stage: Stage, options: Namespace) -> dict[str, Any]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as sampling:
-            drained(trial.settings, process)
+            settled(trial.settings, process)
             sampling.send_signal(signal.SIGINT)
             sampling.wait(timeout=60)
     shares = _shares(output.read_text().splitlines()) if output.exists() else {}

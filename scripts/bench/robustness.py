@@ -10,7 +10,7 @@ from typing import Any
 from model.errors import UserError
 from model.sessions import Event
 from scripts.alerts import TopicReader
-from scripts.bench.stage import JOINED, Message, Stage, Trial, drained, send, wait
+from scripts.bench.stage import JOINED, Message, Stage, Trial, send, settled, wait
 from scripts.bench.throughput import sessions_of
 
 _START = 1_704_067_200_000
@@ -26,7 +26,7 @@ def restore(stage: Stage, options: Namespace) -> dict[str, Any]:
     opened = (Event(_START + number // 100, f"open-{number % blocks}", event) for number in range(2 * blocks))
     send(trial.settings, stage.messages(opened), f"events of {blocks:,} blocks")
     with stage.consumer(trial) as process:
-        drained(trial.settings, process)
+        settled(trial.settings, process)
         time.sleep(20)  # a checkpoint or two
         resident = process.resident
         process.kill()
@@ -71,10 +71,10 @@ def garbage(stage: Stage, options: Namespace) -> dict[str, Any]:
     with stage.consumer(trial) as process:
         wait(lambda: process.said(JOINED), "joining the group")
         send(settings, messages(0, good // 2), "the first half of the flood")
-        drained(settings, process)
+        settled(settings, process)
         before = process.resident
         send(settings, messages(good // 2, good), "the second half")
-        drained(settings, process)
+        settled(settings, process)
         after = process.resident
     alerted = {message.key() for message in _all(trial, settings.topics.alerts)}
     return {
@@ -100,10 +100,10 @@ def _memory(stage: Stage, blocks: int, events: int) -> dict[str, float]:
     few = max(1, blocks // 100)
     with stage.consumer(trial) as process:
         send(trial.settings, stage.messages(opened(0, few)), f"{events} events of {few:,} blocks")
-        drained(trial.settings, process)
+        settled(trial.settings, process)
         empty = process.resident
         send(trial.settings, stage.messages(opened(few, blocks)), f"{events} events of {blocks - few:,} more")
-        drained(trial.settings, process)
+        settled(trial.settings, process)
         full = process.resident
     return {
         "bytes_per_block": (full - empty) / (blocks - few),

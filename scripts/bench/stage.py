@@ -195,7 +195,7 @@ def drained(settings: Settings, process: Process | None = None, *, skip: int = 0
     """Wait until the group has committed all; return the messages a second after the first `skip` ones.
 
     Raises:
-        UserError: it takes too long, or the process has ended.
+        UserError: it takes too long, the process has ended, or a single commit was all.
     """
     with committed(settings) as watch:
         total, first = watch.total, (0.0, 0)
@@ -205,11 +205,26 @@ def drained(settings: Settings, process: Process | None = None, *, skip: int = 0
             if not first[1] and done > skip:
                 first = (now, done)
             if done >= total:
-                return (total - first[1]) / (now - first[0]) if now > first[0] else 0.0
+                if first[1] >= total or now <= first[0]:
+                    raise UserError(f"{total:,} messages are one commit: too few to tell a rate; ask for more of them")
+                return (total - first[1]) / (now - first[0])
             if process is not None and process.poll() is not None:
                 process.said("the whole topic")
             time.sleep(_LOOK_SECONDS)
     raise UserError("the consumer does not get through the topic")
+
+
+def settled(settings: Settings, process: Process) -> None:
+    """Wait until the group has committed all, however few there are.
+
+    Raises:
+        UserError: it takes too long, or the process has ended.
+    """
+    with committed(settings) as watch:
+        total = watch.total
+        wait(
+            lambda: watch.now >= total or (process.poll() is not None and process.said("the whole topic")), "the topic"
+        )
 
 
 def wait(condition: Callable[[], Any], what: str) -> Any:
