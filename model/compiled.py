@@ -21,8 +21,9 @@ from model.network import Autoencoder
 
 Floats = NDArray[np.float32]
 
-_TILE = 1024
-"""Tokens in one matrix product: enough to keep a core busy, few enough for its cache."""
+_TILE = 768
+"""Tokens in one matrix product: enough to keep a core busy, few enough for its cache. In rows of a power of two the
+numbers of a column would compete for the same places there."""
 
 _STRIP = 256
 """Tokens whose attention is worked out at a time, in the innermost cache."""

@@ -18,7 +18,7 @@ from scripts.bench.stage import Stage
 
 _EDGES = (8, 16, 24, 32, 52)
 _REPEATS = 5
-_ORDER = 4096
+_ORDER = 2048
 """Of the square matrices whose product is the peak."""
 
 
