@@ -8,6 +8,7 @@ shifts of the normalisations and the scale of attention are folded into the weig
 cancels in the softmax, and the values' bias passes through it.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -21,8 +22,9 @@ from model.network import Autoencoder
 
 Floats = NDArray[np.float32]
 
-_TILE = 1024
-"""Tokens in one matrix product: enough to keep a core busy, few enough for its cache."""
+_TILE = 768
+"""Tokens in one matrix product: enough to keep a core busy, few enough for its cache. In rows of a power of two the
+numbers of a column would compete for the same places there."""
 
 _STRIP = 256
 """Tokens whose attention is worked out at a time, in the innermost cache."""
@@ -68,13 +70,13 @@ class Weights(NamedTuple):
 
 
 class CompiledNetwork:
-    """The network on as many CPU cores as torch would use, compiled when this is made, or read from a cache on disk."""
+    """The network on all CPU cores of this process, compiled when this is made, or read from a cache on disk."""
 
     def __init__(self, network: Autoencoder) -> None:
         self._weights = _folded(network)
         self._heads = network.shape.heads
         self._tile = min(_TILE, _LOGITS // network.shape.vocabulary)
-        self._threads = torch.get_num_threads()
+        self._threads = len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads)
         self._forward(np.ones((1, 1), np.uint16), np.ones(1, np.int64))
         self._blas = ThreadpoolController().select(user_api="blas")  # knows libraries that are loaded by now
