@@ -8,13 +8,11 @@ shifts of the normalisations and the scale of attention are folded into the weig
 cancels in the softmax, and the values' bias passes through it.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from numba import njit
+from numba import config, njit
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
@@ -70,13 +68,15 @@ class Weights(NamedTuple):
 
 
 class CompiledNetwork:
-    """The network on all CPU cores of this process, compiled when this is made, or read from a cache on disk."""
+    """The network on all CPU cores of this process (NUMBA_NUM_THREADS),
+    compiled when this is made, or read from a cache on disk.
+    """
 
     def __init__(self, network: Autoencoder) -> None:
         self._weights = _folded(network)
         self._heads = network.shape.heads
         self._tile = min(_TILE, _LOGITS // network.shape.vocabulary)
-        self._threads = len(os.sched_getaffinity(0))
+        self._threads = config.NUMBA_NUM_THREADS
         self._pool = ThreadPoolExecutor(self._threads)
         self._forward(np.ones((1, 1), np.uint16), np.ones(1, np.int64))
         self._blas = ThreadpoolController().select(user_api="blas")  # knows libraries that are loaded by now
