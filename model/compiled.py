@@ -68,9 +68,7 @@ class Weights(NamedTuple):
 
 
 class CompiledNetwork:
-    """The network on all CPU cores of this process (NUMBA_NUM_THREADS),
-    compiled when this is made, or read from a cache on disk.
-    """
+    """The network on the CPU cores that numba may use; compiled when this is made, or read from a cache on disk."""
 
     def __init__(self, network: Autoencoder) -> None:
         self._weights = _folded(network)
