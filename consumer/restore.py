@@ -5,13 +5,14 @@ Start, crash, aborted transaction, rebalance and lost partition all come through
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from consumer.checkpoint import Recovered, Replay, recover
 from consumer.faultpoints import come_by
@@ -52,7 +53,7 @@ def _empty(offset: int, records: Mapping[bytes, bytes]) -> Start:
 
 
 class Restorer:
-    """Reads state partitions, with a consumer of its own. Waits for brokers that are away, however long.
+    """Reads state partitions, with clients of its own. Waits for brokers that are away, however long.
 
     Args:
         consumer: the group's, to ask for committed offsets.
@@ -63,20 +64,28 @@ class Restorer:
         self._group = consumer
         self._patience = patience
 
-    def start(self, partition: int, vocabulary: Vocabulary) -> Start:
-        """Return where to begin with an input partition, its windows in the tokens of `vocabulary`.
+    def starts(self, partitions: Iterable[int], vocabulary: Vocabulary) -> Iterator[Start]:
+        """Yield where to begin with each input partition, its windows in the tokens of `vocabulary`.
+
+        The clients live for this long: setting them up is most of the work when little is stored, and clients that
+        idle until the next recovery would tell of an outage hours after it.
 
         Raises:
-            UserError: the state topic cannot be read or belongs to another group, or the partition is gone.
+            UserError: the state topic cannot be read or belongs to another group, or a partition is gone.
         """
+        admin = AdminClient({**self._settings.kafka.for_admin(), "log_level": 0, "error_cb": self._patience.notice})
+        with closing(self._reader()) as reader:
+            for partition in partitions:
+                yield self._start(admin, reader, partition, vocabulary)
+
+    def _start(self, admin: AdminClient, reader: Consumer, partition: int, vocabulary: Vocabulary) -> Start:
         began = time.monotonic()
         topic = self._settings.topics.events
-        with closing(self._reader()) as reader:
-            committed = self._patiently(reader, lambda: self._committed(topic, partition))
-            low, high = self._patiently(reader, lambda: self._bounds(reader, topic, partition))
-            asked = time.monotonic()
-            records = self._read(reader, partition)
-            kafka = time.monotonic() - asked
+        committed = self._patiently(reader, lambda: self._committed(topic, partition))
+        low, high = self._patiently(reader, lambda: self._bounds(reader, topic, partition))
+        asked = time.monotonic()
+        records = self._read(admin, reader, partition)
+        kafka = time.monotonic() - asked
         come_by("restore")
         where = f"{topic}/{partition}"
         try:
@@ -133,7 +142,8 @@ class Restorer:
 
     def _reader(self) -> Consumer:
         return Consumer(
-            {"queued.min.messages": 1_000_000}
+            # Little is stored as a rule, and the end of a partition is told only after a fetch that found nothing.
+            {"queued.min.messages": 1_000_000, "fetch.wait.max.ms": 20}
             | self._settings.kafka.for_consumer()
             | {
                 "group.id": f"{self._settings.kafka.group}-restore",  # librdkafka wants one; it never joins
@@ -158,19 +168,40 @@ class Restorer:
             raise UserError(f"topic {topic} no longer has the partition {partition}; was it deleted?")
         return reader.get_watermark_offsets(TopicPartition(topic, partition), timeout=_CALL_SECONDS)
 
-    def _read(self, reader: Consumer, partition: int) -> dict[bytes, bytes]:
-        """Return the latest committed record of each key of a state partition."""
-        topic = self._settings.topics.state
+    def _require(self, reader: Consumer, topic: str, partition: int) -> None:
         # Not the group's consumer: this runs in its callback, and there list_topics would break its next callback.
         if partition not in self._patiently(reader, lambda: _partitions(reader, topic)):
             check_state_topic(self._settings)  # partitions were added to the event topic, or this one was deleted
+
+    def _end(self, admin: AdminClient, topic: str, partition: int) -> int:
+        """Return the offset behind the last record that the partition's leader holds, committed or not."""
+        place = TopicPartition(topic, partition)
+        found = admin.list_offsets(
+            {place: OffsetSpec.latest()},
+            isolation_level=IsolationLevel.READ_UNCOMMITTED,
+            request_timeout=_CALL_SECONDS,
+        )
+        return int(found[place].result().offset)
+
+    def _read(self, admin: AdminClient, reader: Consumer, partition: int) -> dict[bytes, bytes]:
+        """Return the latest committed record of each key of a state partition.
+
+        To be called once the group's offset is known. By then a predecessor's transaction is settled, but each
+        partition is told by itself, and this one may not have been yet. The records are here, though: an end before
+        the last of them is none to stop at, for what becomes of them is still to come.
+        """
+        topic = self._settings.topics.state
+        self._require(reader, topic, partition)
         records: dict[bytes, bytes] = {}
         count = 0
+        waits = ""
         said = time.monotonic()
         reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
         while True:
-            for message in reader.consume(10_000, 0.2):
+            for message in reader.consume(10_000, 0.05):
                 error = message.error()
+                if message.partition() not in {partition, -1}:
+                    continue  # left over from the partition before
                 if error is None:
                     self._patience.heard()
                     count += 1
@@ -179,7 +210,9 @@ class Restorer:
                     else:
                         records[message.key()] = message.value()
                 elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own
-                    return records
+                    if message.offset() >= self._patiently(reader, lambda: self._end(admin, topic, partition)):
+                        return records
+                    waits = ", waiting for the end of a transaction"  # another end is told when that has come
                 elif is_passing(error):
                     self._patience.retry(error)
                 else:
@@ -187,7 +220,7 @@ class Restorer:
             self._patience.check()
             if time.monotonic() - said > _SAY_AFTER_SECONDS:
                 said = time.monotonic()
-                log.info("restoring %s/%d: %s records read", topic, partition, f"{count:,}")
+                log.info("restoring %s/%d: %s records read%s", topic, partition, f"{count:,}", waits)
 
     def _patiently(self, reader: Consumer, call: Callable[[], T]) -> T:
         """Make a call again while brokers are away or busy: a predecessor's transaction may have to time out first."""

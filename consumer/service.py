@@ -316,10 +316,16 @@ class Service:
         if begin:
             come_by("checkpoint")
 
-    def _begin(self, partition: int) -> TopicPartition:
-        """Restore a partition's windows; return where to read on."""
-        with self._metrics.restore_seconds.time():
-            start: Start = self._restorer.start(partition, self._detector.vocabulary)
+    def _begin(self, partitions: Sequence[int]) -> Iterator[TopicPartition]:
+        """Restore the windows of partitions, one after the other; yield where to read on in each."""
+        starts = self._restorer.starts(partitions, self._detector.vocabulary)
+        for partition in partitions:
+            with self._metrics.restore_seconds.time():
+                start = next(starts)
+            self._assign(partition, start)
+            yield TopicPartition(self._topic, partition, start.offset)
+
+    def _assign(self, partition: int, start: Start) -> None:
         watermark = start.recovered.checkpoint.watermark if start.recovered.checkpoint else None
         self._detector.assign(
             partition,
@@ -341,7 +347,6 @@ class Service:
                 self._detector, partition, self._settings.kafka.group, start.recovered, start.offset
             ),
         )
-        return TopicPartition(self._topic, partition, start.offset)
 
     def _reload(self) -> None:
         """Take a new model or threshold if there is one.
@@ -367,9 +372,8 @@ class Service:
         """Go back to what is committed, in all partitions: memory is ahead of it."""
         self._recovery_due = False
         self._patience.uncommitted = 0
-        for partition in list(self._assigned):
-            where = self._begin(partition)
-            if partition in self._astray:  # nothing is fetched there any more, and a seek would not change that
+        for where in self._begin(list(self._assigned)):
+            if where.partition in self._astray:  # nothing is fetched there any more, and a seek would not change that
                 self._consumer.incremental_unassign([where])
                 self._consumer.incremental_assign([where])
             else:
@@ -390,7 +394,7 @@ class Service:
 
     def _on_assign(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
-            consumer.incremental_assign([self._begin(assigned.partition) for assigned in partitions])
+            consumer.incremental_assign(list(self._begin([assigned.partition for assigned in partitions])))
         except UserError as error:  # a callback cannot raise through librdkafka
             self._failure = str(error)
             return

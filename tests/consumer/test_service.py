@@ -97,9 +97,10 @@ def service(bundle, make_threshold):
 
     class Restorer:
         @staticmethod
-        def start(partition, _):
-            offset = made._delivery.committed.get(partition, 0)
-            return Start(offset, Recovered(), Replay(offset, {}), [])
+        def starts(partitions, _):
+            for partition in partitions:
+                offset = made._delivery.committed.get(partition, 0)
+                yield Start(offset, Recovered(), Replay(offset, {}), [])
 
     made._restorer = Restorer
     return made
