@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
+from consumer.clients import client
 from consumer.faultpoints import come_by
 from consumer.patience import HOPELESS, Patience, is_passing
 from consumer.settings import Settings
@@ -116,16 +117,15 @@ class Delivery(ABC):
         return {}
 
     def _connect(self) -> Producer:
-        try:
-            return Producer(
-                {"linger.ms": 5, "compression.type": "lz4", "log_level": 2, **self._defaults}
-                | self._settings.kafka.for_producer()
-                | {"enable.idempotence": True, "error_cb": self._patience.notice}
-                | self._own(),
-                logger=log,
-            )
-        except KafkaException as error:
-            raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
+        return client(
+            Producer,
+            self._settings,
+            {"linger.ms": 5, "compression.type": "lz4", "log_level": 2, **self._defaults}
+            | self._settings.kafka.for_producer()
+            | {"enable.idempotence": True, "error_cb": self._patience.notice}
+            | self._own(),
+            logger=log,
+        )
 
     def _delivered(self, error: KafkaError | None, _: Message) -> None:
         if error is None:

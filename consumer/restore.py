@@ -15,6 +15,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaErr
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from consumer.checkpoint import Recovered, Replay, recover
+from consumer.clients import client
 from consumer.faultpoints import come_by
 from consumer.patience import Patience, is_passing
 from consumer.settings import Settings
@@ -73,7 +74,11 @@ class Restorer:
         Raises:
             UserError: the state topic cannot be read or belongs to another group, or a partition is gone.
         """
-        admin = AdminClient({**self._settings.kafka.for_admin(), "log_level": 0, "error_cb": self._patience.notice})
+        admin = client(
+            AdminClient,
+            self._settings,
+            {**self._settings.kafka.for_admin(), "log_level": 0, "error_cb": self._patience.notice},
+        )
         with closing(self._reader()) as reader:
             for partition in partitions:
                 yield self._start(admin, reader, partition, vocabulary)
@@ -141,7 +146,9 @@ class Restorer:
         return high if policy in {"latest", "largest", "end"} else low
 
     def _reader(self) -> Consumer:
-        return Consumer(
+        return client(
+            Consumer,
+            self._settings,
             # Little is stored as a rule, and the end of a partition is told only after a fetch that found nothing.
             {"queued.min.messages": 1_000_000, "fetch.wait.max.ms": 20}
             | self._settings.kafka.for_consumer()

@@ -15,6 +15,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from consumer.alerts import Alert
 from consumer.artifacts import Artifacts, ArtifactWatcher
 from consumer.checkpoint import Checkpointer, Replay
+from consumer.clients import client
 from consumer.delivery import StateRecord, TransactionAborted, delivery_for
 from consumer.drift import MEANING
 from consumer.events import EventBatch, Undecodable
@@ -93,22 +94,21 @@ class Service:
 
     def _run(self) -> None:
         self._delivery = delivery_for(self._settings, self._patience)
-        try:
-            self._consumer = Consumer(
-                {"log_level": 2}
-                | self._settings.kafka.for_consumer()
-                | {
-                    "auto.offset.reset": "error",  # never jump in silence: the restorer finds out where to go on
-                    "enable.auto.commit": False,
-                    "enable.auto.offset.store": False,
-                    "isolation.level": "read_committed",
-                    "partition.assignment.strategy": "cooperative-sticky",
-                    "error_cb": self._patience.notice,
-                },
-                logger=log,
-            )
-        except KafkaException as error:
-            raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
+        self._consumer = client(
+            Consumer,
+            self._settings,
+            {"log_level": 2}
+            | self._settings.kafka.for_consumer()
+            | {
+                "auto.offset.reset": "error",  # never jump in silence: the restorer finds out where to go on
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "isolation.level": "read_committed",
+                "partition.assignment.strategy": "cooperative-sticky",
+                "error_cb": self._patience.notice,
+            },
+            logger=log,
+        )
         self._restorer = Restorer(self._settings, self._consumer, self._patience)
         try:
             self._consumer.subscribe(

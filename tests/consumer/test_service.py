@@ -1,7 +1,6 @@
 """The order of the service's steps, with Kafka's part played by hand: what no real broker does on demand."""
 
 import json
-import time
 from datetime import timedelta
 
 import pytest
@@ -89,6 +88,26 @@ class Script:
         self.sought.append((place.partition, place.offset))
 
 
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr("consumer.service.time", made)
+    return made
+
+
 @pytest.fixture
 def service(bundle, make_threshold):
     settings = Settings(commit=CommitSettings(interval=timedelta(milliseconds=300)))
@@ -106,7 +125,7 @@ def service(bundle, make_threshold):
     return made
 
 
-def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_that_stay(service):
+def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_that_stay(service, clock):
     """What the failed commit was to publish is gone from memory: it is read again before anything is committed."""
     delivery = service._delivery
     places = [TopicPartition("log-events", number) for number in (0, 1)]
@@ -120,7 +139,7 @@ def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_tha
     def revoke():
         delivery.fails = True
         service._on_revoke(consumer, places[1:])
-        time.sleep(0.4)  # the next commit falls due
+        clock.sleep(0.4)  # the next commit falls due
         return [Message(0, 1, "x")]  # read ahead by the client: too early, since 0 has to come again
 
     def again():
