@@ -5,7 +5,7 @@ Start, crash, aborted transaction, rebalance and lost partition all come through
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -40,17 +40,19 @@ class Start:
         recovered: sessions to restore.
         replay: what a predecessor has done already.
         leftovers: keys of records that no longer mean anything and are to be deleted.
+        chosen: whether the group has no offset that fits, so that only a commit makes others begin here, too.
     """
 
     offset: int
     recovered: Recovered
     replay: Replay
     leftovers: list[bytes]
+    chosen: bool = False
 
 
-def _empty(offset: int, records: Mapping[bytes, bytes]) -> Start:
+def _empty(offset: int, records: Mapping[bytes, bytes], *, chosen: bool = False) -> Start:
     """Begin without windows: what the records hold no longer fits."""
-    return Start(offset, Recovered(), Replay(offset, {}), list(records))
+    return Start(offset, Recovered(), Replay(offset, {}), list(records), chosen)
 
 
 class Restorer:
@@ -64,8 +66,9 @@ class Restorer:
         self._settings = settings
         self._group = consumer
         self._patience = patience
+        self._chosen: dict[int, int] = {}
 
-    def starts(self, partitions: Iterable[int], vocabulary: Vocabulary) -> Iterator[Start]:
+    def starts(self, partitions: Iterable[int], vocabulary: Vocabulary) -> Generator[Start]:
         """Yield where to begin with each input partition, its windows in the tokens of `vocabulary`.
 
         The clients live for this long: setting them up is most of the work when little is stored, and clients that
@@ -106,10 +109,12 @@ class Restorer:
                 f"topic {self._settings.topics.state} belongs to the consumer group {checkpoint.group}; "
                 "give this group a state topic of its own: topics.state"
             )
+        if committed.offset >= 0:
+            self._chosen.pop(partition, None)
         if committed.offset < 0 or committed.offset > high:
             if checkpoint is not None or committed.offset > high:
                 log.warning("%s: the group's offsets were reset or the topic was made anew: windows start empty", where)
-            return _empty(self._fresh_offset(low, high), records)
+            return _empty(self._fresh_offset(partition, low, high), records, chosen=True)
         if committed.offset < low:
             log.warning(
                 "%s: events %d to %d were deleted before they were read and cannot be judged; keep events for longer "
@@ -141,9 +146,15 @@ class Restorer:
         )  # fmt: skip
         return Start(offset, recovered, replay, [])
 
-    def _fresh_offset(self, low: int, high: int) -> int:
+    def _fresh_offset(self, partition: int, low: int, high: int) -> int:
         policy = str(self._settings.kafka.for_consumer().get("auto.offset.reset", "earliest"))
-        return high if policy in {"latest", "largest", "end"} else low
+        if policy not in {"latest", "largest", "end"}:
+            return low
+        chosen = self._chosen.get(partition, high)
+        if not low <= chosen <= high:
+            chosen = high
+        self._chosen[partition] = chosen  # should the first commit fail, what came since then is still to be judged
+        return chosen
 
     def _reader(self) -> Consumer:
         return client(
@@ -155,6 +166,7 @@ class Restorer:
             | {
                 "group.id": f"{self._settings.kafka.group}-restore",  # librdkafka wants one; it never joins
                 "isolation.level": "read_committed",
+                "auto.offset.reset": "error",  # records that vanish meanwhile must not pass for the end
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
                 "log_level": 2,

@@ -8,6 +8,7 @@ offsets. Whatever goes wrong before that, `Restorer` says where to begin again.
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -318,12 +319,12 @@ class Service:
 
     def _begin(self, partitions: Sequence[int]) -> Iterator[TopicPartition]:
         """Restore the windows of partitions, one after the other; yield where to read on in each."""
-        starts = self._restorer.starts(partitions, self._detector.vocabulary)
-        for partition in partitions:
-            with self._metrics.restore_seconds.time():
-                start = next(starts)
-            self._assign(partition, start)
-            yield TopicPartition(self._topic, partition, start.offset)
+        with closing(self._restorer.starts(partitions, self._detector.vocabulary)) as starts:
+            for partition in partitions:
+                with self._metrics.restore_seconds.time():
+                    start = next(starts)
+                self._assign(partition, start)
+                yield TopicPartition(self._topic, partition, start.offset)
 
     def _assign(self, partition: int, start: Start) -> None:
         watermark = start.recovered.checkpoint.watermark if start.recovered.checkpoint else None
@@ -338,7 +339,7 @@ class Service:
         end = start.replay.end
         self._assigned[partition] = _Assigned(
             position=start.offset,
-            touched=False,
+            touched=start.chosen,
             active=time.monotonic(),
             replay=start.replay if end > start.offset else None,
             replay_end=end,
@@ -369,7 +370,12 @@ class Service:
         come_by("reload")
 
     def _recover(self) -> None:
-        """Go back to what is committed, in all partitions: memory is ahead of it."""
+        """Go back to what is committed, in all partitions: memory is ahead of it.
+
+        Raises:
+            UserError: Kafka refuses to go on.
+        """
+        self._delivery.abort()  # whatever it still holds will be judged and sent again
         self._recovery_due = False
         self._patience.uncommitted = 0
         for where in self._begin(list(self._assigned)):
@@ -419,7 +425,8 @@ class Service:
 
     def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
-            self._delivery.abort()
+            if not self._failure:  # a process that is ending anyway does not wait for brokers
+                self._delivery.abort()
         except UserError as error:
             self._failure = str(error)
         self._drop([lost.partition for lost in partitions])

@@ -9,6 +9,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from consumer.patience import Patience
 from consumer.records import CHECKPOINT, Checkpoint
 from consumer.restore import Restorer
+from consumer.settings import KafkaSettings
 from consumer.topics import STATE_CONFIG, TopicSpec, ensure_topics
 from model.vocabulary import Vocabulary
 
@@ -70,6 +71,20 @@ def test_a_transaction_that_the_state_partition_has_not_seen_the_end_of_is_waite
     assert (start.offset, start.replay.until) == (offset, 5)
 
 
+@pytest.mark.parametrize(("policy", "offset"), [("earliest", 0), ("latest", 9)])
+def test_a_group_without_offsets_begins_where_it_is_told_and_says_that_it_chose(group, policy, offset):
+    made, _ = group
+    kafka = {"bootstrap.servers": made.bootstrap, "consumer": {"group.id": "new", "auto.offset.reset": policy}}
+    settings = made.settings.model_copy(update={"kafka": KafkaSettings.model_validate(kafka)})
+    nobody = Consumer({"bootstrap.servers": made.bootstrap, "group.id": f"{made.name}-new", "log_level": 0})
+    restorer = Restorer(settings, nobody, Patience())
+    for _ in range(2):  # as when the first commit failed: it begins at the same place, whatever came meanwhile
+        (start,) = restorer.starts([0], VOCABULARY)
+        assert (start.offset, start.chosen) == (offset, True)
+        made.produce([("A", b"{}", 0)])
+    nobody.close()
+
+
 def test_partitions_are_restored_one_after_the_other_from_their_own_records(group):
     made, consumer = group
     for partition in range(3):
@@ -93,5 +108,5 @@ def test_a_request_whose_connection_was_given_up_is_made_again(group):
             return consumer.committed(*places, **options)
 
     (start,) = Restorer(made.settings, Reconnecting(), Patience()).starts([0], VOCABULARY)
-    assert start.offset == 5
+    assert (start.offset, start.chosen) == (5, False)
     assert Reconnecting.troubles == []
