@@ -167,6 +167,7 @@ class Service:
     def _read(self, seconds: float) -> None:
         """Judge what comes in before the batch is full or the time is over."""
         messages = self._consumer.consume(self._settings.scoring.max_batch, seconds)
+        self._raise_failure()
         if self._recovery_due:  # a callback lost the transaction: memory is ahead of what is committed
             self._recover()  # and the messages will be read again
         elif messages:

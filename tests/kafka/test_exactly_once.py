@@ -230,9 +230,13 @@ def test_brokers_away_for_longer_than_a_group_or_a_transaction_lives(line, tmp_p
         own.down(purge=True)
 
 
+def create_topics(made):
+    ensure_topics(made.settings, map(TopicSpec, (made.settings.topics.events, made.settings.topics.alerts)))
+
+
 def test_whoever_is_out_of_the_group_commits_nothing(line):
     made = line()
-    made.consume_all()  # creates the topics
+    create_topics(made)
     alerts, events = made.settings.topics.alerts, made.settings.topics.events
     gone = Consumer({"bootstrap.servers": made.bootstrap, "group.id": made.name, "log_level": 0})
     gone.close()
@@ -278,7 +282,7 @@ def test_a_transaction_that_the_brokers_ended_costs_the_producer_only(line, code
             raise KafkaException(KafkaError(code, "too late", fatal=True))
 
     made = line()
-    made.consume_all()  # creates the topics
+    create_topics(made)
     commit_fails_then_works(made, Ended)
     assert [found.value() for found in made.read(made.settings.topics.alerts)] == [b"seen"]
 
@@ -291,12 +295,24 @@ def test_a_call_that_never_returns_costs_the_producer_and_its_transaction_only(l
             forever.wait()
 
     made, forever = line(), Event()
-    made.consume_all()  # creates the topics
+    create_topics(made)
     monkeypatch.setattr("consumer.delivery._LOST_SECONDS", 1)
     commit_fails_then_works(made, Lost)
     forever.set()
     # At once: the transaction that was left open would hide it until it timed out.
     assert [found.value() for found in made.read(made.settings.topics.alerts)] == [b"seen"]
+
+
+def test_a_call_that_fails_in_an_unexpected_way_does_not_pass_for_done(line):
+    class Broken(ProducerOf):
+        def send_offsets_to_transaction(self, *_):
+            raise ValueError("unexpected")
+
+    made = line()
+    create_topics(made)
+    with pytest.raises(ValueError, match="unexpected"):
+        commit_fails_then_works(made, Broken)
+    assert made.read(made.settings.topics.alerts) == []
 
 
 def test_a_message_that_is_refused_for_good_ends_the_process_with_a_sentence(line):
