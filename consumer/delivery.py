@@ -4,8 +4,8 @@ What librdkafka reports is handled by class:
 
     retriable   the same call is made again, for as long as it takes (see `consumer.patience`)
     abortable   the transaction is aborted, `TransactionAborted` tells the service to recover and go on
-    fenced      the transaction timed out while the process or the brokers were away: the producer, whose id nobody
-                else uses, is replaced, then as abortable
+    fenced      the transaction timed out while the process or the brokers were away: the producer is replaced by one
+                of the same id, which nobody else uses, then as abortable
     no return   librdkafka has lost itself in the call: as fenced
     fatal       `UserError`: the process stops with the reason
 """
@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
+from consumer.clients import client
 from consumer.faultpoints import come_by
 from consumer.patience import HOPELESS, Patience, is_passing
 from consumer.settings import Settings
@@ -35,6 +36,7 @@ StateRecord = tuple[int, bytes, bytes | None]
 """Partition, key and value of a state record."""
 
 _CALL_SECONDS = 10.0
+_PAUSE_SECONDS = 0.1  # before the same call again, in which the client tells its troubles: it may fail at once
 _LOST_SECONDS = 15.0  # well beyond what the call may take
 _START_SECONDS = 30.0
 _FENCED = {
@@ -77,7 +79,7 @@ class Delivery(ABC):
                     topic, value, key, headers=headers, partition=partition, on_delivery=self._delivered
                 )
             except BufferError:
-                self._producer.poll(0.1)
+                self._producer.poll(_PAUSE_SECONDS)
                 self._patience.check()
             else:
                 return
@@ -116,16 +118,15 @@ class Delivery(ABC):
         return {}
 
     def _connect(self) -> Producer:
-        try:
-            return Producer(
-                {"linger.ms": 5, "compression.type": "lz4", "log_level": 2, **self._defaults}
-                | self._settings.kafka.for_producer()
-                | {"enable.idempotence": True, "error_cb": self._patience.notice}
-                | self._own(),
-                logger=log,
-            )
-        except KafkaException as error:
-            raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
+        return client(
+            Producer,
+            self._settings,
+            {"linger.ms": 5, "compression.type": "lz4", "log_level": 2, **self._defaults}
+            | self._settings.kafka.for_producer()
+            | {"enable.idempotence": True, "error_cb": self._patience.notice}
+            | self._own(),
+            logger=log,
+        )
 
     def _delivered(self, error: KafkaError | None, _: Message) -> None:
         if error is None:
@@ -145,13 +146,14 @@ class ExactlyOnce(Delivery):
     _defaults: ClassVar[Mapping[str, Any]] = {"transaction.timeout.ms": 10_000}
 
     def __init__(self, settings: Settings, patience: Patience) -> None:
+        self._id = f"{settings.kafka.group}-{uuid.uuid4().hex}"
         self._open = False
         self._limit = _START_SECONDS
         super().__init__(settings, patience)
         self._limit = math.inf  # whoever has started waits for as long as it takes
 
     def _own(self) -> dict[str, Any]:
-        return {"transactional.id": f"{self._settings.kafka.group}-{uuid.uuid4().hex}"}
+        return {"transactional.id": self._id}
 
     def _connect(self) -> Producer:
         producer = super()._connect()
@@ -160,9 +162,9 @@ class ExactlyOnce(Delivery):
             try:
                 producer.init_transactions(_CALL_SECONDS)
             except KafkaException as error:
-                if not error.args[0].retriable() or time.monotonic() > deadline:
+                if not is_passing(error.args[0]) or time.monotonic() > deadline:
                     raise UserError(f"kafka: transactions cannot be used: {error.args[0].str()}") from None
-                producer.poll(0)
+                producer.poll(_PAUSE_SECONDS)
                 self._patience.retry(error.args[0])
             else:
                 return producer
@@ -212,7 +214,7 @@ class ExactlyOnce(Delivery):
                 if not error.args[0].retriable():
                     self._go_on_after(error.args[0])
                     return
-                self._producer.poll(0)
+                self._producer.poll(_PAUSE_SECONDS)
                 self._patience.retry(error.args[0])
             else:
                 return
@@ -232,7 +234,7 @@ class ExactlyOnce(Delivery):
             except KafkaException as error:
                 if not error.args[0].retriable():
                     self._fail(error.args[0])
-                self._producer.poll(0)
+                self._producer.poll(_PAUSE_SECONDS)
                 self._patience.retry(error.args[0])
             else:
                 if not returned:
@@ -260,7 +262,7 @@ class ExactlyOnce(Delivery):
         self._replace(f"the producer was fenced ({error.str()})")
 
     def _replace(self, reason: str) -> None:
-        """Go on with a new producer; nobody else uses the old one's id, so brokers end what it left open."""
+        """Go on with a new producer. It has the old one's id: brokers end what that left open, and deny it the rest."""
         log.warning("kafka: %s: going on with a new producer", reason)
         self._open = False
         self.close()
@@ -292,6 +294,7 @@ class AtLeastOnce(Delivery):
             except KafkaException as error:
                 if not is_passing(error.args[0]):
                     raise TransactionAborted(error.args[0].str()) from None
+                self._producer.poll(_PAUSE_SECONDS)
                 self._patience.retry(error.args[0])
             else:
                 self._patience.heard()
@@ -322,12 +325,12 @@ def _returned(call: Callable[[], None]) -> bool:
     rd_kafka_send_offsets_to_transaction ignores its time-out, and it never returns when the brokers restarted in a way
     that made the client forget the group's coordinator (librdkafka's issues 5456 and 5511). A thread can be left there.
     """
-    raised: list[KafkaException] = []
+    raised: list[Exception] = []
 
     def make() -> None:
         try:
             call()
-        except KafkaException as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is: a call that failed must not pass for done
             raised.append(error)
 
     thread = Thread(target=make, daemon=True)

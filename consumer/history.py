@@ -7,8 +7,9 @@ from typing import Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from consumer.clients import client
 from consumer.settings import Settings
-from consumer.topics import require_topic, setting_error
+from consumer.topics import require_topic
 from model.errors import UserError
 
 _BATCH = 10_000
@@ -31,19 +32,18 @@ class TopicHistory:
         self.topic = topic
         self._patience = patience
         self.partitions = range(require_topic(settings, topic))
-        try:
-            self._consumer = Consumer(
-                settings.kafka.for_consumer()  # nothing is committed, so the group of this name notices nothing
-                | {
-                    "isolation.level": "read_committed",
-                    "auto.offset.reset": "error",  # events deleted meanwhile must not pass for a quiet partition
-                    "enable.auto.commit": False,
-                    "enable.partition.eof": True,
-                    "log_level": 3,
-                }
-            )
-        except KafkaException as error:
-            raise setting_error(settings, error) from None
+        self._consumer = client(
+            Consumer,
+            settings,
+            settings.kafka.for_consumer()  # nothing is committed, so the group of this name notices nothing
+            | {
+                "isolation.level": "read_committed",
+                "auto.offset.reset": "error",  # events deleted meanwhile must not pass for a quiet partition
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "log_level": 3,
+            },
+        )
 
     def __enter__(self) -> Self:
         return self

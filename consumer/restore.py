@@ -5,15 +5,17 @@ Start, crash, aborted transaction, rebalance and lost partition all come through
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from consumer.checkpoint import Recovered, Replay, recover
+from consumer.clients import client
 from consumer.faultpoints import come_by
 from consumer.patience import Patience, is_passing
 from consumer.settings import Settings
@@ -38,17 +40,19 @@ class Start:
         recovered: sessions to restore.
         replay: what a predecessor has done already.
         leftovers: keys of records that no longer mean anything and are to be deleted.
+        chosen: whether the group has no offset that fits, so that only a commit makes others begin here, too.
     """
 
     offset: int
     recovered: Recovered
     replay: Replay
     leftovers: list[bytes]
+    chosen: bool = False
 
 
-def _empty(offset: int, records: Mapping[bytes, bytes], vocabulary: Vocabulary) -> Start:
+def _empty(offset: int, records: Mapping[bytes, bytes], vocabulary: Vocabulary, *, chosen: bool = False) -> Start:
     """Begin without windows: what the records hold no longer fits."""
-    return Start(offset, recover({}, vocabulary), Replay(offset, offset), list(records))
+    return Start(offset, recover({}, vocabulary), Replay(offset, offset), list(records), chosen)
 
 
 def _tell_nobody(_: int) -> None:
@@ -56,7 +60,7 @@ def _tell_nobody(_: int) -> None:
 
 
 class Restorer:
-    """Reads state partitions, with a consumer of its own. Waits for brokers that are away, however long.
+    """Reads state partitions, with clients of its own. Waits for brokers that are away, however long.
 
     Args:
         consumer: the group's, to ask for committed offsets.
@@ -74,21 +78,34 @@ class Restorer:
         self._group = consumer
         self._patience = patience
         self._progress = progress
+        self._chosen: dict[int, int] = {}
 
-    def start(self, partition: int, vocabulary: Vocabulary) -> Start:
-        """Return where to begin with an input partition, its windows in the tokens of `vocabulary`.
+    def starts(self, partitions: Iterable[int], vocabulary: Vocabulary) -> Generator[Start]:
+        """Yield where to begin with each input partition, its windows in the tokens of `vocabulary`.
+
+        The clients live for this long: setting them up is most of the work when little is stored, and clients that
+        idle until the next recovery would tell of an outage hours after it.
 
         Raises:
-            UserError: the state topic cannot be read or belongs to another group, or the partition is gone.
+            UserError: the state topic cannot be read or belongs to another group, or a partition is gone.
         """
+        admin = client(
+            AdminClient,
+            self._settings,
+            {**self._settings.kafka.for_admin(), "log_level": 0, "error_cb": self._patience.notice},
+        )
+        with closing(self._reader()) as reader:
+            for partition in partitions:
+                yield self._start(admin, reader, partition, vocabulary)
+
+    def _start(self, admin: AdminClient, reader: Consumer, partition: int, vocabulary: Vocabulary) -> Start:
         began = time.monotonic()
         topic = self._settings.topics.events
-        with closing(self._reader()) as reader:
-            committed = self._patiently(reader, lambda: self._committed(topic, partition))
-            low, high = self._patiently(reader, lambda: self._bounds(reader, topic, partition))
-            asked = time.monotonic()
-            records = self._read(reader, partition)
-            kafka = time.monotonic() - asked
+        committed = self._patiently(reader, lambda: self._committed(topic, partition))
+        low, high = self._patiently(reader, lambda: self._bounds(reader, topic, partition))
+        asked = time.monotonic()
+        records = self._read(admin, reader, partition)
+        kafka = time.monotonic() - asked
         come_by("restore")
         where = f"{topic}/{partition}"
         try:
@@ -104,10 +121,12 @@ class Restorer:
                 f"topic {self._settings.topics.state} belongs to the consumer group {checkpoint.group}; "
                 "give this group a state topic of its own: topics.state"
             )
+        if committed.offset >= 0:
+            self._chosen.pop(partition, None)
         if committed.offset < 0 or committed.offset > high:
             if checkpoint is not None or committed.offset > high:
                 log.warning("%s: the group's offsets were reset or the topic was made anew: windows start empty", where)
-            return _empty(self._fresh_offset(low, high), records, vocabulary)
+            return _empty(self._fresh_offset(partition, low, high), records, vocabulary, chosen=True)
         if committed.offset < low:
             log.warning(
                 "%s: events %d to %d were deleted before they were read and cannot be judged; keep events for longer "
@@ -137,17 +156,27 @@ class Restorer:
         )  # fmt: skip
         return Start(offset, recovered, replay, [])
 
-    def _fresh_offset(self, low: int, high: int) -> int:
+    def _fresh_offset(self, partition: int, low: int, high: int) -> int:
         policy = str(self._settings.kafka.for_consumer().get("auto.offset.reset", "earliest"))
-        return high if policy in {"latest", "largest", "end"} else low
+        if policy not in {"latest", "largest", "end"}:
+            return low
+        chosen = self._chosen.get(partition, high)
+        if not low <= chosen <= high:
+            chosen = high
+        self._chosen[partition] = chosen  # should the first commit fail, what came since then is still to be judged
+        return chosen
 
     def _reader(self) -> Consumer:
-        return Consumer(
-            {"queued.min.messages": 1_000_000}
+        return client(
+            Consumer,
+            self._settings,
+            # Little is stored as a rule, and the end of a partition is told only after a fetch that found nothing.
+            {"queued.min.messages": 1_000_000, "fetch.wait.max.ms": 20}
             | self._settings.kafka.for_consumer()
             | {
                 "group.id": f"{self._settings.kafka.group}-restore",  # librdkafka wants one; it never joins
                 "isolation.level": "read_committed",
+                "auto.offset.reset": "error",  # records that vanish meanwhile must not pass for the end
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
                 "log_level": 2,
@@ -168,21 +197,42 @@ class Restorer:
             raise UserError(f"topic {topic} no longer has the partition {partition}; was it deleted?")
         return reader.get_watermark_offsets(TopicPartition(topic, partition), timeout=_CALL_SECONDS)
 
-    def _read(self, reader: Consumer, partition: int) -> dict[bytes, bytes]:
-        """Return the latest committed record of each key of a state partition."""
-        topic = self._settings.topics.state
+    def _require(self, reader: Consumer, topic: str, partition: int) -> None:
         # Not the group's consumer: this runs in its callback, and there list_topics would break its next callback.
         if partition not in self._patiently(reader, lambda: _partitions(reader, topic)):
             check_state_topic(self._settings)  # partitions were added to the event topic, or this one was deleted
+
+    def _end(self, admin: AdminClient, topic: str, partition: int) -> int:
+        """Return the offset behind the last record that the partition's leader holds, committed or not."""
+        place = TopicPartition(topic, partition)
+        found = admin.list_offsets(
+            {place: OffsetSpec.latest()},
+            isolation_level=IsolationLevel.READ_UNCOMMITTED,
+            request_timeout=_CALL_SECONDS,
+        )
+        return int(found[place].result().offset)
+
+    def _read(self, admin: AdminClient, reader: Consumer, partition: int) -> dict[bytes, bytes]:
+        """Return the latest committed record of each key of a state partition.
+
+        To be called once the group's offset is known. By then a predecessor's transaction is settled, but each
+        partition is told by itself, and this one may not have been yet. The records are here, though: an end before
+        the last of them is none to stop at, for what becomes of them is still to come.
+        """
+        topic = self._settings.topics.state
+        self._require(reader, topic, partition)
         records: dict[bytes, bytes] = {}
         count = 0
+        waits = ""
         said = time.monotonic()
         reader.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
         while True:
-            messages = reader.consume(10_000, 0.2)
+            messages = reader.consume(10_000, 0.05)
             self._progress(len(messages))
             for message in messages:
                 error = message.error()
+                if message.partition() not in {partition, -1}:
+                    continue  # left over from the partition before
                 if error is None:
                     self._patience.heard()
                     count += 1
@@ -191,7 +241,9 @@ class Restorer:
                     else:
                         records[message.key()] = message.value()
                 elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own
-                    return records
+                    if message.offset() >= self._patiently(reader, lambda: self._end(admin, topic, partition)):
+                        return records
+                    waits = ", waiting for the end of a transaction"  # another end is told when that has come
                 elif is_passing(error):
                     self._patience.retry(error)
                 else:
@@ -199,7 +251,7 @@ class Restorer:
             self._patience.check()
             if time.monotonic() - said > _SAY_AFTER_SECONDS:
                 said = time.monotonic()
-                log.info("restoring %s/%d: %s records read", topic, partition, f"{count:,}")
+                log.info("restoring %s/%d: %s records read%s", topic, partition, f"{count:,}", waits)
 
     def _patiently(self, reader: Consumer, call: Callable[[], T]) -> T:
         """Make a call again while brokers are away or busy: a predecessor's transaction may have to time out first."""

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from consumer.alerts import Alert
 from consumer.artifacts import Artifacts, ArtifactWatcher
 from consumer.board import Board
 from consumer.checkpoint import PER_COMMIT, Checkpointer, Replay
+from consumer.clients import client
 from consumer.delivery import StateRecord, TransactionAborted, delivery_for
 from consumer.drift import MEANING
 from consumer.events import EventBatch, Messages
@@ -103,22 +105,21 @@ class Service:
     def _run(self) -> None:
         rehearse(self._watcher.in_use, self._settings)
         self._delivery = delivery_for(self._settings, self._patience)
-        try:
-            self._consumer = Consumer(
-                {"log_level": 2}
-                | self._settings.kafka.for_consumer()
-                | {
-                    "auto.offset.reset": "error",  # never jump in silence: the restorer finds out where to go on
-                    "enable.auto.commit": False,
-                    "enable.auto.offset.store": False,
-                    "isolation.level": "read_committed",
-                    "partition.assignment.strategy": "cooperative-sticky",
-                    "error_cb": self._patience.notice,
-                },
-                logger=log,
-            )
-        except KafkaException as error:
-            raise UserError(f"kafka: {error.args[0].str()}; mend this librdkafka setting") from None
+        self._consumer = client(
+            Consumer,
+            self._settings,
+            {"log_level": 2}
+            | self._settings.kafka.for_consumer()
+            | {
+                "auto.offset.reset": "error",  # never jump in silence: the restorer finds out where to go on
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "isolation.level": "read_committed",
+                "partition.assignment.strategy": "cooperative-sticky",
+                "error_cb": self._patience.notice,
+            },
+            logger=log,
+        )
         self._restorer = Restorer(self._settings, self._consumer, self._patience, self._metrics.restored_records.inc)
         try:
             self._consumer.subscribe(
@@ -180,6 +181,7 @@ class Service:
     def _read(self, seconds: float) -> None:
         """Judge what comes in before the batch is full or the time is over."""
         messages = self._consumer.consume(self._settings.scoring.max_batch, seconds)
+        self._raise_failure()
         if self._recovery_due:  # a callback lost the transaction: memory is ahead of what is committed
             self._recover()  # and the messages will be read again
         elif messages:
@@ -268,7 +270,8 @@ class Service:
         if live:
             self._publish(self._detector.process(live))
             self._say_alarms()
-        self._end_replays()
+        for partition in by_partition.keys() & self._assigned.keys():
+            self._end_replay(partition)
 
     def _close_silent(self) -> None:
         """Close the sessions of partitions that have been silent for the idle timeout, on the wall clock."""
@@ -332,10 +335,16 @@ class Service:
         if begin:
             come_by("checkpoint")
 
-    def _begin(self, partition: int) -> TopicPartition:
-        """Restore a partition's windows; return where to read on."""
-        with self._metrics.restore_seconds.time():
-            start: Start = self._restorer.start(partition, self._detector.vocabulary)
+    def _begin(self, partitions: Sequence[int]) -> Iterator[TopicPartition]:
+        """Restore the windows of partitions, one after the other; yield where to read on in each."""
+        with closing(self._restorer.starts(partitions, self._detector.vocabulary)) as starts:
+            for partition in partitions:
+                with self._metrics.restore_seconds.time():
+                    start = next(starts)
+                self._assign(partition, start)
+                yield TopicPartition(self._topic, partition, start.offset)
+
+    def _assign(self, partition: int, start: Start) -> None:
         watermark = start.recovered.checkpoint.watermark if start.recovered.checkpoint else None
         self._detector.assign(
             partition,
@@ -347,7 +356,7 @@ class Service:
         )
         self._assigned[partition] = _Assigned(
             position=start.offset,
-            touched=False,
+            touched=start.chosen,
             active=time.monotonic(),
             replay=start.replay,
             leftovers=start.leftovers,
@@ -355,15 +364,14 @@ class Service:
                 self._detector, partition, self._settings.kafka.group, start.recovered, start.offset
             ),
         )
-        self._end_replays()
-        return TopicPartition(self._topic, partition, start.offset)
+        self._end_replay(partition)
 
-    def _end_replays(self) -> None:
-        """Forget the replays of partitions that are past all of it."""
-        for partition, assigned in self._assigned.items():
-            if assigned.replay is not None and assigned.position >= assigned.replay.end:
-                assigned.replay = None
-                self._detector.store(partition).forget_markers()
+    def _end_replay(self, partition: int) -> None:
+        """Forget the replay once past all of it."""
+        assigned = self._assigned[partition]
+        if assigned.replay is not None and assigned.position >= assigned.replay.end:
+            assigned.replay = None
+            self._detector.store(partition).forget_markers()
 
     def _reload(self) -> None:
         """Take a new model or threshold if there is one.
@@ -386,12 +394,16 @@ class Service:
         come_by("reload")
 
     def _recover(self) -> None:
-        """Go back to what is committed, in all partitions: memory is ahead of it."""
+        """Go back to what is committed, in all partitions: memory is ahead of it.
+
+        Raises:
+            UserError: Kafka refuses to go on.
+        """
+        self._delivery.abort()  # whatever it still holds will be judged and sent again
         self._recovery_due = False
         self._patience.uncommitted = 0
-        for partition in list(self._assigned):
-            where = self._begin(partition)
-            if partition in self._astray:  # nothing is fetched there any more, and a seek would not change that
+        for where in self._begin(list(self._assigned)):
+            if where.partition in self._astray:  # nothing is fetched there any more, and a seek would not change that
                 self._consumer.incremental_unassign([where])
                 self._consumer.incremental_assign([where])
             else:
@@ -412,7 +424,7 @@ class Service:
 
     def _on_assign(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
-            consumer.incremental_assign([self._begin(assigned.partition) for assigned in partitions])
+            consumer.incremental_assign(list(self._begin([assigned.partition for assigned in partitions])))
         except UserError as error:  # a callback cannot raise through librdkafka
             self._failure = str(error)
             return
@@ -437,7 +449,8 @@ class Service:
 
     def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
-            self._delivery.abort()
+            if not self._failure:  # a process that is ending anyway does not wait for brokers
+                self._delivery.abort()
         except UserError as error:
             self._failure = str(error)
         self._drop([lost.partition for lost in partitions])

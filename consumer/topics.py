@@ -3,18 +3,22 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, NewTopic
 
+from consumer.clients import client
+from consumer.patience import HOPELESS
 from consumer.settings import Settings
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
 
 _SECONDS = 10.0
-
+_SAY_AFTER_SECONDS = 3.0
+_CONNECT = "socket.connection.setup.timeout.ms"
 
 STATE_CONFIG = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2", "segment.ms": "600000"}
 """Of the state topic: small segments, so that outdated records go soon and restoring stays quick."""
@@ -58,8 +62,8 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
             )
             for spec in missing
         ],
-        operation_timeout=_SECONDS,
-        request_timeout=_SECONDS,
+        operation_timeout=_patience(settings),
+        request_timeout=_patience(settings),
     )
     created = []
     for name, future in futures.items():
@@ -71,7 +75,7 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
                 raise UserError(
                     f"topic {name} cannot be created: {error.args[0].str()}; see to the settings under topics"
                 ) from None
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + _patience(settings)
     while any(spec.name not in _cluster(settings).topics for spec in missing) and time.monotonic() < deadline:
         time.sleep(0.1)  # a busy broker says that a topic is created before it tells of it
     return created
@@ -89,44 +93,36 @@ def require_topic(settings: Settings, name: str) -> int:
     return len(topics[name].partitions)
 
 
-def setting_error(settings: Settings, error: KafkaException) -> UserError:
-    """Name the setting for which librdkafka refused to make a client."""
-    kafka = settings.kafka
-    reason = error.args[0].str().strip()
-    for path, section in (
-        ("kafka", kafka.common),
-        ("kafka.producer", kafka.producer),
-        ("kafka.consumer", kafka.consumer),
-    ):
-        for key, value in section.items():
-            try:  # librdkafka may name another property than the user did: linger.ms is an alias to it
-                AdminClient({key: value, "log_level": 0})
-            except KafkaException as alone:
-                if alone.args[0].str().strip() == reason:
-                    return UserError(f"{path}.{key}: {reason}; mend or remove this setting")
-    return UserError(f"kafka: {reason}; mend this librdkafka setting")
-
-
 def _admin(settings: Settings, hear: Callable[[KafkaError], object] = lambda _: None) -> AdminClient:
-    try:
-        # Trouble is told once, by us, so librdkafka's own log is silenced.
-        return AdminClient({**settings.kafka.for_admin(), "log_level": 0, "error_cb": hear})
-    except KafkaException as error:
-        raise setting_error(settings, error) from None
+    # Trouble is told once, by us, so librdkafka's own log is silenced.
+    return client(AdminClient, settings, {**settings.kafka.for_admin(), "log_level": 0, "error_cb": hear})
+
+
+def _patience(settings: Settings) -> float:
+    """Return for how many seconds a broker may be slow before it counts as absent: as long as a connection may take."""
+    return float(settings.kafka.for_admin().get(_CONNECT, 30_000)) / 1000
 
 
 def _cluster(settings: Settings) -> ClusterMetadata:
-    """Return what the brokers say of themselves and of every topic."""
+    """Return what the brokers say of themselves and of every topic; a broker that is starting or slow is waited for."""
     heard: list[KafkaError] = []
     admin = _admin(settings, heard.append)
-    try:
-        return admin.list_topics(timeout=_SECONDS)
-    except KafkaException:
-        reason = f" ({heard[-1].str()})" if heard else ""
-        raise UserError(
-            f"no broker answers at kafka.bootstrap.servers {settings.kafka.bootstrap}{reason}; "
-            "start one with python -m scripts.local_kafka up, or name another"
-        ) from None
+    left = _patience(settings)
+    deadline = time.monotonic() + left
+    seconds = _SAY_AFTER_SECONDS
+    while left > 0 and not any(error.code() in HOPELESS for error in heard):
+        with suppress(KafkaException):
+            return admin.list_topics(timeout=min(seconds, left))
+        admin.poll(0.1)  # a pause in which the client tells its troubles
+        left = deadline - time.monotonic()
+        if seconds < left:
+            log.warning("no broker answers yet at %s: waiting %.0f s more", settings.kafka.bootstrap, left)
+        seconds = left
+    reason = f" ({heard[-1].str()})" if heard else ""
+    raise UserError(
+        f"no broker answers at kafka.bootstrap.servers {settings.kafka.bootstrap}{reason}; "
+        "start one with python -m scripts.local_kafka up, or name another"
+    )
 
 
 def check_state_topic(settings: Settings) -> None:

@@ -74,7 +74,7 @@ class CompiledNetwork:
         self._weights = _folded(network)
         self._heads = network.shape.heads
         self._tile = min(_TILE, _LOGITS // network.shape.vocabulary)
-        self._threads = config.NUMBA_NUM_THREADS
+        self._threads = int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         self._pool = ThreadPoolExecutor(self._threads)
         self._forward(np.ones((1, 1), np.uint16), np.ones(1, np.int64))
         self._blas = ThreadpoolController().select(user_api="blas")  # knows libraries that are loaded by now

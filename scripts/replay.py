@@ -13,8 +13,9 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from consumer.clients import client
 from consumer.settings import EventSettings, Settings, load_settings
-from consumer.topics import TopicSpec, ensure_topics, setting_error
+from consumer.topics import TopicSpec, ensure_topics
 from model.cli import argument_parser, console, run
 from model.errors import UserError
 from model.sessions import Event, read_events
@@ -135,15 +136,14 @@ class Sink:
     def __init__(self, settings: Settings, topic: str, done: Replayed) -> None:
         self._topic = topic
         self._done = done
-        try:
-            self._producer = Producer(
-                # log_level 3: below it is news of things that librdkafka mends itself
-                {"linger.ms": 20, "queue.buffering.max.messages": 200_000, "log_level": 3}
-                | settings.kafka.for_producer()
-                | {"enable.idempotence": True, "delivery.report.only.error": True}
-            )
-        except KafkaException as error:
-            raise setting_error(settings, error) from None
+        self._producer = client(
+            Producer,
+            settings,
+            # log_level 3: below it is news of things that librdkafka mends itself
+            {"linger.ms": 20, "queue.buffering.max.messages": 200_000, "log_level": 3}
+            | settings.kafka.for_producer()
+            | {"enable.idempotence": True, "delivery.report.only.error": True},
+        )
 
     def __enter__(self) -> Self:
         return self

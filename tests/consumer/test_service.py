@@ -3,9 +3,11 @@
 import json
 import time
 from datetime import timedelta
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaError, TopicPartition
 
 from consumer.artifacts import Artifacts
 from consumer.checkpoint import Replay, recover
@@ -14,6 +16,8 @@ from consumer.patience import Patience
 from consumer.restore import Start
 from consumer.service import Service
 from consumer.settings import CommitSettings, Settings
+from consumer.web import WebServer
+from model.errors import UserError
 
 
 class Message:
@@ -38,6 +42,13 @@ class Message:
 
     def timestamp(self):
         return 1, 2000
+
+
+class Astray(Message):
+    """What librdkafka hands out when the next offset is no longer in the topic."""
+
+    def error(self):
+        return KafkaError(KafkaError._AUTO_OFFSET_RESET, "offset out of range")
 
 
 class Delivery:
@@ -89,6 +100,26 @@ class Script:
         self.sought.append((place.partition, place.offset))
 
 
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr("consumer.service.time", made)
+    return made
+
+
 @pytest.fixture
 def service(bundle, make_threshold):
     settings = Settings(commit=CommitSettings(interval=timedelta(milliseconds=300)))
@@ -97,15 +128,17 @@ def service(bundle, make_threshold):
 
     class Restorer:
         @staticmethod
-        def start(partition, vocabulary):
-            offset = made._delivery.committed.get(partition, 0)
-            return Start(offset, recover({}, vocabulary), Replay(offset, offset), [])
+        def starts(partitions, vocabulary):
+            for partition in partitions:
+                offset = made._delivery.committed.get(partition, 0)
+                empty = recover({}, vocabulary)
+                yield Start(offset, empty, Replay(offset, offset), [], chosen=not made._delivery.committed)
 
     made._restorer = Restorer
     return made
 
 
-def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_that_stay(service):
+def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_that_stay(service, clock):
     """What the failed commit was to publish is gone from memory: it is read again before anything is committed."""
     delivery = service._delivery
     places = [TopicPartition("log-events", number) for number in (0, 1)]
@@ -119,7 +152,7 @@ def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_tha
     def revoke():
         delivery.fails = True
         service._on_revoke(consumer, places[1:])
-        time.sleep(0.4)  # the next commit falls due
+        clock.sleep(0.4)  # the next commit falls due
         return [Message(0, 1, "x")]  # read ahead by the client: too early, since 0 has to come again
 
     def again():
@@ -135,3 +168,72 @@ def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_tha
     assert consumer.sought == [(0, 0)]
     assert delivery.committed == {0: 1}
     assert [key for topic, key in delivery.visible if topic == service._settings.topics.alerts] == [b"x"]
+
+
+def test_a_place_lost_in_the_topic_costs_no_other_partition_its_alerts_twice(service):
+    """All partitions go back to what is committed, so what the open transaction holds must not be committed."""
+    places = [TopicPartition("log-events", number) for number in (0, 1)]
+
+    def assign():
+        service._on_assign(consumer, places)
+
+    def alert_and_lose_the_place():
+        return [Message(1, 0, "y"), Astray(0, 0, "x")]
+
+    def again():
+        assert consumer.sought == [(1, 0)]
+        return [Message(1, 0, "y")]
+
+    def commit():
+        service._commit()
+        service._patience._stop.set()
+
+    consumer = service._consumer = Script(assign, alert_and_lose_the_place, again, commit)
+    service._loop()
+    alerts = [key for topic, key in service._delivery.visible if topic == service._settings.topics.alerts]
+    assert alerts == [b"y"]
+
+
+def test_where_a_group_without_offsets_begins_is_committed_before_anything_comes(service, clock):
+    """With auto.offset.reset: latest, whoever comes after a crash would begin behind all that came meanwhile."""
+
+    def assign():
+        service._on_assign(consumer, [TopicPartition("log-events", 0)])
+        clock.sleep(0.4)  # the next commit falls due
+
+    consumer = service._consumer = Script(assign, service._patience._stop.set)
+    service._loop()
+    assert service._delivery.committed == {0: 0}
+
+
+def test_waiting_for_brokers_is_no_reason_to_be_called_dead(service, monkeypatch):
+    server = WebServer(service._metrics, service._board, "127.0.0.1:0")
+
+    def health():
+        try:
+            with urlopen(f"http://{server.address}/healthz", timeout=10) as answer:
+                return answer.status
+        except HTTPError as error:
+            return error.code
+
+    try:
+        assert health() == 200
+        monkeypatch.setattr("consumer.metrics.HANGS_AFTER_SECONDS", 1.0)
+        time.sleep(1)
+        assert health() == 503  # the loop has not come by
+        service._patience.retry(KafkaError(KafkaError._TIMED_OUT, "no broker answers"))
+        assert health() == 200
+    finally:
+        server.close()
+
+
+def test_a_process_that_ends_with_an_error_does_not_wait_for_brokers_to_abort(service):
+    def never_returns():
+        raise AssertionError("abort waits for brokers for as long as it takes")
+
+    service._on_assign(Script(), [TopicPartition("log-events", 0)])
+    service._failure = "the topic was deleted"
+    service._delivery.abort = never_returns
+    service._on_lost(Script(), [TopicPartition("log-events", 0)])
+    with pytest.raises(UserError, match="the topic was deleted"):
+        service._raise_failure()

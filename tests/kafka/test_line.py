@@ -150,7 +150,7 @@ def test_missing_topics_are_named_when_they_may_not_be_created(line):
 
 
 def test_a_broker_that_is_not_there_is_said_in_one_sentence(line):
-    made = line(kafka={"bootstrap.servers": "127.0.0.1:1"})
+    made = line(kafka={"bootstrap.servers": "127.0.0.1:1", "socket.connection.setup.timeout.ms": 1000})
     done = made.run("consumer", check=False)
     assert done.returncode == 2
     assert "no broker answers at kafka.bootstrap.servers 127.0.0.1:1" in done.stderr

@@ -1,0 +1,112 @@
+"""Where a successor begins, on a real Kafka: what it waits for, and what it gets over."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+
+from consumer.patience import Patience
+from consumer.records import CHECKPOINT, Checkpoint
+from consumer.restore import Restorer
+from consumer.settings import KafkaSettings
+from consumer.topics import STATE_CONFIG, TopicSpec, ensure_topics
+from model.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(("a",))
+
+
+class Predecessor:
+    """Writes checkpoints to the state partitions, in transactions of its own."""
+
+    def __init__(self, made):
+        self._made = made
+        topics = made.settings.topics
+        ensure_topics(made.settings, [TopicSpec(topics.events, 3), TopicSpec(topics.state, 3, STATE_CONFIG)])
+        self._producer = Producer(
+            {"bootstrap.servers": made.bootstrap, "transactional.id": made.name, "transaction.timeout.ms": 60_000}
+        )
+        self._producer.init_transactions(10)
+
+    def checkpoint(self, partition, offset):
+        """Write a checkpoint; the transaction stays open until `end`."""
+        self._producer.begin_transaction()
+        record = Checkpoint(offset, 1000, self._made.name).pack()
+        self._producer.produce(self._made.settings.topics.state, record, CHECKPOINT, partition=partition)
+        assert self._producer.flush(10) == 0
+
+    def end(self, how="commit"):
+        getattr(self._producer, f"{how}_transaction")(10)
+
+
+@pytest.fixture
+def group(line):
+    """A consumer group that has committed offset 5 in all partitions; yields its line and a consumer of it."""
+    made = line()
+    made.predecessor = Predecessor(made)
+    made.produce([("A", b"{}", partition) for partition in range(3) for _ in range(9)])
+    consumer = Consumer({"bootstrap.servers": made.bootstrap, "group.id": made.name, "log_level": 0})
+    topic = made.settings.topics.events
+    consumer.commit(offsets=[TopicPartition(topic, partition, 5) for partition in range(3)], asynchronous=False)
+    yield made, consumer
+    consumer.close()
+
+
+@pytest.mark.parametrize(("how", "offset"), [("commit", 4), ("abort", 2)])
+def test_a_transaction_that_the_state_partition_has_not_seen_the_end_of_is_waited_for(group, how, offset):
+    """On several brokers the group's offset may be settled before the state partition hears of it."""
+    made, consumer = group
+    made.predecessor.checkpoint(0, 2)
+    made.predecessor.end()
+    made.predecessor.checkpoint(0, 4)
+    restorer = Restorer(made.settings, consumer, Patience())
+    with ThreadPoolExecutor() as pool:
+        restoring = pool.submit(lambda: next(restorer.starts([0], VOCABULARY)))
+        time.sleep(2)
+        waited = not restoring.done()
+        made.predecessor.end(how)
+        start = restoring.result(timeout=20)
+    assert waited
+    assert start.recovered.checkpoint.offset == offset
+    assert (start.offset, start.replay.until) == (offset, 5)
+
+
+@pytest.mark.parametrize(("policy", "offset"), [("earliest", 0), ("latest", 9)])
+def test_a_group_without_offsets_begins_where_it_is_told_and_says_that_it_chose(group, policy, offset):
+    made, _ = group
+    kafka = {"bootstrap.servers": made.bootstrap, "consumer": {"group.id": "new", "auto.offset.reset": policy}}
+    settings = made.settings.model_copy(update={"kafka": KafkaSettings.model_validate(kafka)})
+    nobody = Consumer({"bootstrap.servers": made.bootstrap, "group.id": f"{made.name}-new", "log_level": 0})
+    restorer = Restorer(settings, nobody, Patience())
+    for _ in range(2):  # as when the first commit failed: it begins at the same place, whatever came meanwhile
+        (start,) = restorer.starts([0], VOCABULARY)
+        assert (start.offset, start.chosen) == (offset, True)
+        made.produce([("A", b"{}", 0)])
+    nobody.close()
+
+
+def test_partitions_are_restored_one_after_the_other_from_their_own_records(group):
+    made, consumer = group
+    for partition in range(3):
+        made.predecessor.checkpoint(partition, partition + 1)
+        made.predecessor.end()
+    restorer = Restorer(made.settings, consumer, Patience())
+    for order in ([2, 0, 1], [1]):
+        assert [start.offset for start in restorer.starts(order, VOCABULARY)] == [number + 1 for number in order]
+
+
+def test_a_request_whose_connection_was_given_up_is_made_again(group):
+    """An outage may end so for librdkafka; it is no reason to stop."""
+    made, consumer = group
+
+    class Reconnecting:
+        troubles = [KafkaError(KafkaError._DESTROY)]  # noqa: RUF012
+
+        def committed(self, *places, **options):
+            while self.troubles:
+                raise KafkaException(self.troubles.pop())
+            return consumer.committed(*places, **options)
+
+    (start,) = Restorer(made.settings, Reconnecting(), Patience()).starts([0], VOCABULARY)
+    assert (start.offset, start.chosen) == (5, False)
+    assert Reconnecting.troubles == []
