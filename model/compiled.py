@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg.cython_blas  # noqa: F401 - what numba multiplies with: loaded before it is told to use one thread
 from numba import config, njit
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
@@ -39,8 +40,7 @@ _SHARE = 16
 _F, _U = np.float32, np.uint64
 _ZERO, _HALF, _ONE, _LOWEST, _EPSILON = _F(0), _F(0.5), _F(1), _F(-1e30), _F(1e-5)
 _LOG2_E, _LN2_HIGH, _LN2_LOW, _TINY = _F(1.44269504), _F(0.693359375), _F(-2.12194440e-4), _F(-87)
-_E2, _E3, _E4 = _F(0.5), _F(1.66666655e-1), _F(4.16657959e-2)
-_E5, _E6, _E7 = _F(8.33345191e-3), _F(1.39819995e-3), _F(1.98756915e-4)
+_E2, _E3, _E4, _E5 = _F(0.49999232), _F(0.16667114), _F(0.04189012), _F(0.00831253)
 _ROOT_HALF, _P = _F(0.70710678), _F(0.3275911)
 _A1, _A2, _A3, _A4, _A5 = _F(0.254829592), _F(-0.284496736), _F(1.421413741), _F(-1.453152027), _F(1.061405429)
 _EXPONENT, _MANTISSA = np.int32(127), np.int32(23)
@@ -76,25 +76,22 @@ class CompiledNetwork:
         self._tile = min(_TILE, _LOGITS // network.shape.vocabulary)
         self._threads = int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         self._pool = ThreadPoolExecutor(self._threads)
-        self._forward(np.ones((1, 1), np.uint16), np.ones(1, np.int64))
-        self._blas = ThreadpoolController().select(user_api="blas")  # knows libraries that are loaded by now
+        self._blas = ThreadpoolController().select(user_api="blas")
+        self.surprisals(np.ones((1, 1), np.uint16), np.ones(1, np.int64))
 
     def surprisals(self, rows: NDArray[np.uint16], lengths: NDArray[np.int64]) -> Floats:
         """Return the surprisal, in nats, of the first `lengths` (N,) tokens of `rows` (N, L); 0 behind them."""
-        order = np.argsort(lengths, kind="stable")
+        rows, order = np.ascontiguousarray(rows), np.argsort(lengths, kind="stable")
         threads = max(1, min(self._threads, len(rows) // _SHARE))
-        shares = [order[first::threads] for first in range(threads)]
-        found = np.empty(rows.shape, np.float32)
-        with self._blas.limit(limits=1):  # each of our threads multiplies on its own
-            parts = self._pool.map(lambda share: self._forward(rows[share], lengths[share]), shares)
-            for share, part in zip(shares, parts, strict=True):
-                found[share] = part
-        return found
-
-    def _forward(self, rows: NDArray[np.uint16], lengths: NDArray[np.int64]) -> Floats:
         found = np.zeros(rows.shape, np.float32)
-        if len(rows):
-            _forward(rows, lengths, self._weights, self._heads, self._tile, found)
+
+        def forward(share: NDArray[np.int64]) -> None:
+            if len(share):
+                _forward(rows, lengths, share, self._weights, self._heads, self._tile, found)
+
+        with self._blas.limit(limits=1):  # each of our threads multiplies on its own
+            for _ in self._pool.map(forward, [order[first::threads].copy() for first in range(threads)]):
+                pass
         return found
 
 
@@ -123,11 +120,14 @@ def _folded(network: Autoencoder) -> Weights:
 
 @_inline
 def _exp(x):
-    """Return e^x for x ≤ 0 as 2^n times a polynomial: a call of the C library would not become vector code."""
+    """Return e^x for x ≤ 0, good to 1e-7: 2^n times a polynomial fitted to e^r for |r| ≤ ln(2)/2.
+
+    A call of the C library would not become vector code.
+    """
     x = max(x, _TINY)
     n = np.floor(x * _LOG2_E + _HALF)
     r = x - n * _LN2_HIGH - n * _LN2_LOW
-    p = (((((_E7 * r + _E6) * r + _E5) * r + _E4) * r + _E3) * r + _E2) * r * r + r + _ONE
+    p = (((_E5 * r + _E4) * r + _E3) * r + _E2) * r * r + r + _ONE
     return p * np.int32((np.int32(n) + _EXPONENT) << _MANTISSA).view(_F)
 
 
@@ -141,17 +141,17 @@ def _gelu(x):
 
 
 @_compile
-def _lay_out(rows, lengths, begin, tokens, places, owners, groups):
-    """Give the windows from `begin` on their columns, until all are taken: token i of a group's k-th is at i lanes + k.
+def _lay_out(rows, lengths, share, begin, tokens, places, owners, groups):
+    """Give the windows of `share` from `begin` on their columns, until all columns are taken.
 
-    Returns the window to go on with, the number of columns and that of groups: (first column, length, lanes).
+    Token i of a group's k-th window is i · lanes + k columns behind the group's first. Returns the window to go on
+    with, the number of columns and that of groups: (first column, length, lanes).
     """
     count = at = 0
-    while begin < len(rows):
-        length, lanes = lengths[begin], 0
-        while (
-            begin + lanes < len(rows) and lengths[begin + lanes] == length and at + (lanes + 1) * length <= len(tokens)
-        ):
+    while begin < len(share):
+        length, lanes = lengths[share[begin]], 0
+        fit = min(len(share) - begin, (len(tokens) - at) // max(1, length))
+        while lanes < fit and lengths[share[begin + lanes]] == length:
             lanes += 1
         if lanes == 0:
             break
@@ -160,7 +160,8 @@ def _lay_out(rows, lengths, begin, tokens, places, owners, groups):
         groups[count] = at, length, lanes
         for i in range(length):
             for k in range(lanes):
-                tokens[at], places[at], owners[at] = rows[begin + k, i], i, begin + k
+                row = share[begin + k]
+                tokens[at], places[at], owners[at] = rows[row, i], i, row
                 at += 1
         begin += lanes
         count += 1
@@ -258,11 +259,11 @@ def _surprise(logits, bias, tokens, highest, surprisal):
 
 
 @_compile
-def _forward(rows, lengths, weights, heads, tile, found):
-    """Write the surprisals of `rows` (N, L), which come in order of their lengths, to `found` (N, L)."""
+def _forward(rows, lengths, share, weights, heads, tile, found):
+    """Write the surprisals of a share of `rows` (N, L), given in order of its lengths, to `found` (N, L)."""
     layers, feedforward, width = weights.up.shape
-    longest = lengths[-1]
-    room = max(longest, min(tile, lengths.sum()))
+    longest = lengths[share[-1]]
+    room = max(longest, min(tile, longest * len(share)))
     tokens, places, owners = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
     groups = np.empty((2 * longest, 3), np.int64)
     space = np.empty((6 * width + feedforward + len(weights.logits)) * room, _F)
@@ -272,8 +273,8 @@ def _forward(rows, lengths, weights, heads, tile, found):
     key, value = np.empty((width // heads, 2 * wide), _F), np.empty((width // heads, 2 * wide), _F)
     weight, highest, total = np.empty((longest, _STRIP), _F), np.empty(_STRIP, _F), np.empty(_STRIP, _F)
     begin = 0
-    while begin < len(rows):
-        begin, count, together = _lay_out(rows, lengths, begin, tokens, places, owners, groups)
+    while begin < len(share):
+        begin, count, together = _lay_out(rows, lengths, share, begin, tokens, places, owners, groups)
         at = 0
         x = space[at : at + width * count].reshape(width, count)
         at += x.size
