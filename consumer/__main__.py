@@ -7,7 +7,7 @@ from consumer.artifacts import Artifacts
 from consumer.patience import Patience
 from consumer.service import Service
 from consumer.settings import load_settings
-from consumer.topics import STATE_CONFIG, TopicSpec, check_state_topic, ensure_topics, require_topic
+from consumer.topics import STATE_CONFIG, TopicSpec, check_rights, check_state_topic, ensure_topics, require_topic
 from model.cli import argument_parser, run
 from model.device import choose
 
@@ -31,6 +31,7 @@ def main() -> int:
     for name in created:
         log.info("created topic %s", name)
     check_state_topic(settings)
+    check_rights(settings)
     service = Service(settings, artifacts, patience)
     log.info("reading %s as group %s from %s", topics.events, settings.kafka.group, settings.kafka.bootstrap)
     log.info(

@@ -16,6 +16,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from consumer.checkpoint import Recovered, Replay, recover
 from consumer.faultpoints import come_by
 from consumer.patience import Patience, is_passing
+from consumer.refusals import with_remedy
 from consumer.settings import Settings
 from consumer.topics import check_state_topic
 from model.errors import UserError
@@ -135,8 +136,7 @@ class Restorer:
         return Consumer(
             {"queued.min.messages": 1_000_000}
             | self._settings.kafka.for_consumer()
-            | {
-                "group.id": f"{self._settings.kafka.group}-restore",  # librdkafka wants one; it never joins
+            | {  # under the group's name, on which it has rights; it never joins
                 "isolation.level": "read_committed",
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
@@ -183,7 +183,7 @@ class Restorer:
                 elif is_passing(error):
                     self._patience.retry(error)
                 else:
-                    raise UserError(f"topic {topic} cannot be read: {error.str()}")
+                    raise UserError(f"topic {topic} cannot be read: {with_remedy(error)}")
             self._patience.check()
             if time.monotonic() - said > _SAY_AFTER_SECONDS:
                 said = time.monotonic()
@@ -196,7 +196,7 @@ class Restorer:
                 return call()
             except KafkaException as error:
                 if not is_passing(error.args[0]):
-                    raise UserError(f"kafka: {error.args[0].str()}") from None
+                    raise UserError(f"kafka: {with_remedy(error.args[0])}") from None
                 reader.poll(0.1)  # a pause in which the client tells its troubles
                 self._patience.retry(error.args[0])
 
