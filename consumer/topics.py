@@ -49,8 +49,8 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
     names = ", ".join(spec.name for spec in missing)
     if not settings.topics.create:
         raise UserError(
-            f"missing topics: {names}; create them, or set topics.create: true; if they are there, the user may not see "
-            "them (docs/security.md)"
+            f"missing topics: {names}; create them, or set topics.create: true; if they are there, "
+            "the user may not see them (docs/security.md)"
         )
     admin = _admin(settings)  # must live until its futures are done
     if _is_mock(cluster):
