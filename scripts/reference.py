@@ -22,11 +22,28 @@ _CONTINUED = re.compile(r" {20,}# (.*)")
 
 _HEAD = """# Configuration
 
-Every setting of config.yaml. A key that is left out has its default. `${NAME}` in any value is replaced by the environment
-variable of that name: secrets belong there. Durations are written `250ms`, `30s`, `10m`, `24h` or `7d`. An unknown key or
-an impossible value ends each command with one sentence that names the key.
+Every setting of config.yaml. A key that is left out has its default. `${NAME}` in any value is replaced by the
+environment variable of that name: secrets belong there. Durations are written `250ms`, `30s`, `10m`, `24h` or `7d`. An
+unknown key or an impossible value ends each command with one sentence that names the key.
 
 This page is written by `python -m scripts.reference`; to change it, change the comments of config.yaml.
+"""
+
+
+_KAFKA = """## kafka
+
+Any [setting of librdkafka](https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md): under `kafka` for
+every client, under `kafka.consumer` or `kafka.producer` for one kind. [security.md](security.md) has those of a login.
+
+| setting | default |
+|---|---|
+{defaults}
+
+The consumer's promises rest on these, so they cannot be set:
+
+| setting | |
+|---|---|
+{ours}
 """
 
 
@@ -114,26 +131,9 @@ def _allowed(item: Mapping[str, Any]) -> str:
 
 
 def _kafka(documented: Mapping[str, tuple[str, str]]) -> str:
-    rows = [
-        f"| `kafka.{key}` | `{documented[f'kafka.{key}'][0]}` |" for key in ("bootstrap.servers", "consumer.group.id")
-    ]
-    ours = [f"| `{key}` | {why} |" for key, why in OURS.items()]
-    return "\n".join(
-        [
-            "## kafka\n",
-            "Any [setting of librdkafka](https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md):\n"
-            "under `kafka` for every client, under `kafka.consumer` or `kafka.producer` for one kind.\n"
-            "[security.md](security.md) has those of a login.\n",
-            "| setting | default |",
-            "|---|---|",
-            *rows,
-            "\nThe consumer's promises rest on these, so they cannot be set:\n",
-            "| setting | |",
-            "|---|---|",
-            *ours,
-            "",
-        ]
-    )
+    known = [f"kafka.{key}" for key in ("bootstrap.servers", "consumer.group.id")]
+    defaults = "\n".join(f"| `{key}` | `{documented[key][0]}` |" for key in known)
+    return _KAFKA.format(defaults=defaults, ours="\n".join(f"| `{key}` | {why} |" for key, why in OURS.items()))
 
 
 def main() -> None:
