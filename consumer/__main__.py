@@ -11,7 +11,7 @@ from consumer.logs import FORMATS, changed, set_up
 from consumer.patience import Patience
 from consumer.service import Service
 from consumer.settings import Settings, load_settings
-from consumer.topics import STATE_CONFIG, TopicSpec, check_state_topic, ensure_topics, require_topic
+from consumer.topics import STATE_CONFIG, TopicSpec, check_rights, check_state_topic, ensure_topics, require_topic
 from model.cli import argument_parser, run
 from model.device import choose
 from model.errors import UserError
@@ -50,6 +50,7 @@ def _watch(arguments: Namespace) -> int:
     for name in created:
         log.info("created topic %s", name)
     check_state_topic(settings)
+    check_rights(settings)
     service = Service(settings, artifacts, patience)
     log.info("settings   %s; not the defaults: %s", arguments.config, changed(settings))
     _introduce(settings, artifacts, as_many, device)

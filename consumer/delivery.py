@@ -25,6 +25,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 from consumer.clients import client
 from consumer.faultpoints import come_by
 from consumer.patience import HOPELESS, Patience, is_passing
+from consumer.refusals import with_remedy
 from consumer.settings import Settings
 from model.errors import UserError
 
@@ -163,7 +164,7 @@ class ExactlyOnce(Delivery):
                 producer.init_transactions(_CALL_SECONDS)
             except KafkaException as error:
                 if not is_passing(error.args[0]) or time.monotonic() > deadline:
-                    raise UserError(f"kafka: transactions cannot be used: {error.args[0].str()}") from None
+                    raise UserError(f"kafka: transactions cannot be used: {with_remedy(error.args[0])}") from None
                 producer.poll(_PAUSE_SECONDS)
                 self._patience.retry(error.args[0])
             else:
@@ -253,7 +254,9 @@ class ExactlyOnce(Delivery):
             self.abort()
         for cause in filter(None, (refused, error)):
             if cause.code() in _REFUSED_FOR_GOOD:
-                raise UserError(f"kafka: a message is refused: {cause.str()}; see to rights and max.message.bytes")
+                raise UserError(
+                    f"kafka: a message is refused: {cause.str()}; see to the user's rights and to max.message.bytes"
+                )
         raise TransactionAborted(error.str())
 
     def _go_on_after(self, error: KafkaError) -> None:

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from confluent_kafka import KafkaError
 
+from consumer.refusals import with_remedy
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
@@ -99,7 +100,7 @@ class Patience:
     def notice(self, error: KafkaError) -> None:
         """Hear of trouble from a client, as its `error_cb`; librdkafka mends most by itself."""
         if error.code() in HOPELESS:
-            self._hopeless = f"kafka: {error.str()}"
+            self._hopeless = f"kafka: {with_remedy(error)}"
         else:
             self._say(error.code(), error.str())
 

@@ -18,6 +18,7 @@ from consumer.checkpoint import Recovered, Replay, recover
 from consumer.clients import client
 from consumer.faultpoints import come_by
 from consumer.patience import Patience, is_passing
+from consumer.refusals import with_remedy
 from consumer.settings import Settings
 from consumer.topics import check_state_topic
 from model.errors import UserError
@@ -173,8 +174,7 @@ class Restorer:
             # Little is stored as a rule, and the end of a partition is told only after a fetch that found nothing.
             {"queued.min.messages": 1_000_000, "fetch.wait.max.ms": 20}
             | self._settings.kafka.for_consumer()
-            | {
-                "group.id": f"{self._settings.kafka.group}-restore",  # librdkafka wants one; it never joins
+            | {  # under the group's name, on which it has rights; it never joins
                 "isolation.level": "read_committed",
                 "auto.offset.reset": "error",  # records that vanish meanwhile must not pass for the end
                 "enable.auto.commit": False,
@@ -247,7 +247,7 @@ class Restorer:
                 elif is_passing(error):
                     self._patience.retry(error)
                 else:
-                    raise UserError(f"topic {topic} cannot be read: {error.str()}")
+                    raise UserError(f"topic {topic} cannot be read: {with_remedy(error)}")
             self._patience.check()
             if time.monotonic() - said > _SAY_AFTER_SECONDS:
                 said = time.monotonic()
@@ -260,7 +260,7 @@ class Restorer:
                 return call()
             except KafkaException as error:
                 if not is_passing(error.args[0]):
-                    raise UserError(f"kafka: {error.args[0].str()}") from None
+                    raise UserError(f"kafka: {with_remedy(error.args[0])}") from None
                 reader.poll(0.1)  # a pause in which the client tells its troubles
                 self._patience.retry(error.args[0])
 

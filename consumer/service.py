@@ -28,6 +28,7 @@ from consumer.letters import KINDS, dead_letter, kind
 from consumer.logs import minute
 from consumer.metrics import Metrics, PartitionStatus, Status
 from consumer.patience import HOPELESS, Patience
+from consumer.refusals import with_remedy
 from consumer.rehearsal import rehearse
 from consumer.restore import Restorer, Start
 from consumer.settings import Settings
@@ -470,7 +471,7 @@ class Service:
 
     def _on_message_error(self, error: KafkaError, partition: int) -> None:
         if error.code() in HOPELESS or error.code() == KafkaError._FATAL:  # noqa: SLF001 - librdkafka's own
-            self._failure = f"{self._topic}: {error.str()}"
+            self._failure = f"{self._topic}: {with_remedy(error)}"
             return
         log.warning("%s: %s", self._topic, error.str())
         if error.code() in _LOST_PLACE:

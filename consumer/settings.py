@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from model.config import Device, Duration, ModelSettings, Section, Strategy, TrainingSettings, load
 
-_OURS = {
+OURS = {
     "enable.auto.commit": "offsets are committed only after their alerts",
     "enable.auto.offset.store": "offsets are committed only after their alerts",
     "enable.partition.eof": "the consumer decides",
@@ -51,7 +51,7 @@ class KafkaSettings(Section):
     @model_validator(mode="after")
     def _checked(self) -> "KafkaSettings":
         for section in (self.common, self.consumer, self.producer):
-            for key, why in _OURS.items():
+            for key, why in OURS.items():
                 if key in section:
                     raise ValueError(f"{key} cannot be set: {why}; remove it")
         if not self.common.get("bootstrap.servers"):

@@ -6,19 +6,25 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, NewTopic
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import AclOperation, AdminClient, ClusterMetadata, ConfigResource, NewTopic
 
 from consumer.clients import client
 from consumer.patience import HOPELESS
+from consumer.refusals import with_remedy
 from consumer.settings import Settings
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
 
 _SECONDS = 10.0
+_TRY_SECONDS = 1.0
 _SAY_AFTER_SECONDS = 3.0
 _CONNECT = "socket.connection.setup.timeout.ms"
+
+_REFUSED = HOPELESS | {KafkaError._SSL}  # noqa: SLF001 - librdkafka's own
+"""Not worth another try by a process that has not started yet. One that runs waits until a certificate is renewed."""
+
 
 STATE_CONFIG = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2", "segment.ms": "600000"}
 """Of the state topic: small segments, so that outdated records go soon and restoring stays quick."""
@@ -46,9 +52,12 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
         return []
     names = ", ".join(spec.name for spec in missing)
     if not settings.topics.create:
-        raise UserError(f"missing topics: {names}; create them, or set topics.create: true")
+        raise UserError(
+            f"missing topics: {names}; create them, or set topics.create: true; if they are there, "
+            "the user may not see them (docs/security.md)"
+        )
     admin = _admin(settings)  # must live until its futures are done
-    if (cluster.cluster_id or "").startswith("mockCluster"):
+    if _is_mock(cluster):
         for spec in missing:  # librdkafka's mock knows no request to create a topic: it does so when asked about one
             admin.list_topics(spec.name, timeout=_SECONDS)
         return [spec.name for spec in missing]
@@ -71,7 +80,13 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
             future.result()
             created.append(name)
         except KafkaException as error:
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another instance was faster
+            code = error.args[0].code()
+            if code == KafkaError.TOPIC_AUTHORIZATION_FAILED:  # brokers hide topics from those who may not see them
+                raise UserError(
+                    f"the user may neither see nor create topic {name}; create it and give the user its rights on it "
+                    "(docs/security.md)"
+                ) from None
+            if code != KafkaError.TOPIC_ALREADY_EXISTS:  # another instance was faster
                 raise UserError(
                     f"topic {name} cannot be created: {error.args[0].str()}; see to the settings under topics"
                 ) from None
@@ -93,6 +108,10 @@ def require_topic(settings: Settings, name: str) -> int:
     return len(topics[name].partitions)
 
 
+def _is_mock(cluster: ClusterMetadata) -> bool:
+    return (cluster.cluster_id or "").startswith("mockCluster")
+
+
 def _admin(settings: Settings, hear: Callable[[KafkaError], object] = lambda _: None) -> AdminClient:
     # Trouble is told once, by us, so librdkafka's own log is silenced.
     return client(AdminClient, settings, {**settings.kafka.for_admin(), "log_level": 0, "error_cb": hear})
@@ -107,21 +126,27 @@ def _cluster(settings: Settings) -> ClusterMetadata:
     """Return what the brokers say of themselves and of every topic; a broker that is starting or slow is waited for."""
     heard: list[KafkaError] = []
     admin = _admin(settings, heard.append)
-    left = _patience(settings)
-    deadline = time.monotonic() + left
-    seconds = _SAY_AFTER_SECONDS
-    while left > 0 and not any(error.code() in HOPELESS for error in heard):
+    began, patience = time.monotonic(), _patience(settings)
+    said = False
+    while True:
         with suppress(KafkaException):
-            return admin.list_topics(timeout=min(seconds, left))
+            return admin.list_topics(timeout=min(_TRY_SECONDS, patience))
         admin.poll(0.1)  # a pause in which the client tells its troubles
-        left = deadline - time.monotonic()
-        if seconds < left:
-            log.warning("no broker answers yet at %s: waiting %.0f s more", settings.kafka.bootstrap, left)
-        seconds = left
-    reason = f" ({heard[-1].str()})" if heard else ""
+        for error in heard:
+            if error.code() in _REFUSED:
+                raise UserError(f"kafka: {with_remedy(error)}")
+        waited = time.monotonic() - began
+        if waited > patience:
+            break
+        if waited > _SAY_AFTER_SECONDS and not said:
+            said = True
+            where = settings.kafka.bootstrap
+            log.warning("no broker answers yet at %s: waiting %.0f s more", where, patience - waited)
+    reasons = [error.str() for error in heard if error.code() != KafkaError._ALL_BROKERS_DOWN]  # noqa: SLF001
+    reason = f" ({reasons[-1]})" if reasons else ""
     raise UserError(
-        f"no broker answers at kafka.bootstrap.servers {settings.kafka.bootstrap}{reason}; "
-        "start one with python -m scripts.local_kafka up, or name another"
+        f"no broker answers at kafka.bootstrap.servers {settings.kafka.bootstrap}{reason}; start one with "
+        "python -m scripts.local_kafka up, name another, or see to kafka.security.protocol"
     )
 
 
@@ -150,3 +175,31 @@ def check_state_topic(settings: Settings) -> None:
         raise UserError(
             f"topic {state} has cleanup.policy={policy}: windows of long-lived blocks would be lost; set it to compact"
         )
+
+
+def check_rights(settings: Settings) -> None:
+    """Make sure that the user may do with each topic what the consumer will do, before it is in the middle of it.
+
+    Raises:
+        UserError: rights are missing; the message names all of them.
+    """
+    topics, read, write = settings.topics, AclOperation.READ, AclOperation.WRITE
+    needed = {topics.events: {read}, topics.alerts: {write}, topics.dead_letters: {write}, topics.state: {read, write}}
+    if _is_mock(_cluster(settings)):
+        return  # it knows no such question
+    admin = _admin(settings)
+    asked = admin.describe_topics(
+        TopicCollection(list(needed)), include_authorized_operations=True, request_timeout=_SECONDS
+    )
+    missing = []
+    for name, future in asked.items():
+        try:
+            allowed = future.result().authorized_operations
+        except KafkaException as error:
+            log.warning("cannot check the rights on topic %s: %s", name, error.args[0].str())
+            continue
+        if allowed:  # a broker that knows of no rights says nothing
+            lacking = sorted(operation.name.capitalize() for operation in needed[name] - set(allowed))
+            missing += [f"{operation} on {name}" for operation in lacking]
+    if missing:
+        raise UserError(f"the user lacks rights on topics: {', '.join(missing)}; grant them (docs/security.md)")

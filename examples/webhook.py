@@ -1,0 +1,123 @@
+"""Posts each alert to a URL, and commits it once the receiver has taken it.
+
+So no alert is lost, whatever is killed; one may come twice, under the same Idempotency-Key.
+
+    python examples/webhook.py --brokers localhost:9092 --url https://example.org/hooks/alerts --severity major critical
+
+A receiver that is away or busy is tried again, for as long as it takes. One that refuses (400, 401, 404 …) ends the
+program with status 2: that takes a person. Needs nothing of this project, only confluent-kafka.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from http.client import HTTPException
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from confluent_kafka import Consumer, KafkaException, Message
+
+SECONDS = 10.0  # that an answer may take
+PAUSES = (0.5, 1, 2, 5, 10, 30)  # between tries; the last one from then on
+BUSY = {408, 425, 429}  # client errors that pass
+
+
+def main() -> int:
+    """Deliver until SIGTERM or Ctrl-C."""
+    parser = argparse.ArgumentParser(description="Post each alert to a URL.")
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--brokers", default="localhost:9092")
+    parser.add_argument("--topic", default="log-anomaly-alerts")
+    parser.add_argument("--group", default="alert-webhook")
+    parser.add_argument("--severity", nargs="+", help="only alerts of these severities")
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="for librdkafka")
+    arguments = parser.parse_args()
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopped.append(number))
+
+    consumer = Consumer(
+        dict(arguments.set)
+        | {
+            "bootstrap.servers": arguments.brokers,
+            "group.id": arguments.group,
+            "auto.offset.reset": "earliest",
+            "isolation.level": "read_committed",
+            "enable.auto.commit": False,
+        }
+    )
+    consumer.subscribe([arguments.topic])
+    try:
+        while not stopped:
+            message = consumer.poll(0.5)
+            if message is None:
+                continue
+            if message.error():
+                raise KafkaException(message.error())
+            alert = json.loads(message.value())
+            wanted = not arguments.severity or alert["severity"] in arguments.severity
+            if not wanted or deliver(consumer, arguments.url, alert, message.value(), stopped):
+                commit(consumer, message)
+    except PermissionError as refusal:
+        print(f"error: the receiver refuses: {refusal}; mend that and start again", file=sys.stderr)
+        return 2
+    finally:
+        consumer.close()
+    return 0
+
+
+def deliver(consumer: Consumer, url: str, alert: dict, body: bytes, stopped: list[int]) -> bool:
+    """Post an alert until it is taken; return False if told to stop before."""
+    tries = 0
+    while not stopped:
+        trouble = post(url, body, f"{alert['alert_id']}.{alert['revision']}")
+        if trouble is None:
+            return True
+        print(f"{alert['block_id']}: {trouble}; trying again", file=sys.stderr, flush=True)
+        wait(consumer, PAUSES[min(tries, len(PAUSES) - 1)], stopped)
+        tries += 1
+    return False
+
+
+def post(url: str, body: bytes, key: str) -> str | None:
+    """Post an alert; return None when it was taken, and otherwise why it should be tried again.
+
+    Raises:
+        PermissionError: it would be refused again.
+    """
+    headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+    if token := os.environ.get("WEBHOOK_TOKEN"):
+        headers["Authorization"] = f"Bearer {token}"
+    try:
+        with urlopen(Request(url, body, headers), timeout=SECONDS):
+            return None
+    except HTTPError as error:
+        if error.code < 500 and error.code not in BUSY:
+            raise PermissionError(f"{error.code} {error.reason}") from None
+        return f"{error.code} {error.reason}"
+    except (OSError, HTTPException) as error:
+        return str(error)
+
+
+def commit(consumer: Consumer, message: Message) -> None:
+    """Commit an alert that is done."""
+    try:
+        consumer.commit(message, asynchronous=False)
+    except KafkaException as error:  # the partition went to another member, which will deliver it once more
+        print(f"not committed: {error.args[0].str()}", file=sys.stderr, flush=True)
+
+
+def wait(consumer: Consumer, seconds: float, stopped: list[int]) -> None:
+    """Wait as a member of the group: one that does not poll for five minutes is put out of it."""
+    end = time.monotonic() + seconds
+    consumer.pause(consumer.assignment())
+    while time.monotonic() < end and not stopped:
+        consumer.poll(0.1)
+    consumer.resume(consumer.assignment())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The examples that read alerts, on a real Kafka: what was taken back is not seen, what was seen is not lost."""
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, NewTopic
+
+ROOT = Path(__file__).parents[2]
+
+
+def alert(number, revision=1, severity="major"):
+    return {
+        "alert_id": f"{number:032x}",
+        "revision": revision,
+        "block_id": f"block-{number}",
+        "severity": severity,
+        "reason": "event",
+        "score": 5.4,
+        "threshold": 0.7,
+        "last_event_time": "2024-01-01T00:00:00Z",
+        "offender": {"event_id": "delete_error", "expected": [{"event_id": "deleted", "probability": 0.78}]},
+    }
+
+
+@pytest.fixture
+def alerts_topic(kafka, topic_name):
+    """A topic with alerts 1, 2 (twice, as at_least_once may), 2 again but worse, and 3; 99 was taken back."""
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    admin.create_topics([NewTopic(topic_name, 1, 1)])[topic_name].result(10)
+    producer = Producer({"bootstrap.servers": kafka.bootstrap, "transactional.id": topic_name})
+    producer.init_transactions(20)
+    minor = alert(3, severity="minor")
+    for published, finish in (
+        ([alert(99)], producer.abort_transaction),
+        ([alert(1), alert(2), alert(2), alert(2, revision=2), minor], producer.commit_transaction),
+    ):
+        producer.begin_transaction()
+        for one in published:
+            producer.produce(topic_name, json.dumps(one), one["block_id"])
+        producer.flush(20)
+        finish(20)
+    return topic_name
+
+
+@pytest.fixture
+def start(kafka, alerts_topic):
+    started = []
+
+    def run(example, *options):
+        process = subprocess.Popen(
+            [
+                sys.executable, "-u", ROOT / "examples" / example, "--brokers", kafka.bootstrap, "--topic",
+                alerts_topic, "--group", alerts_topic, "--set", "session.timeout.ms", "6000", *options,
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def stop(process):
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    return said
+
+
+def test_the_python_reader_sees_each_alert_once_and_goes_on_where_it_was(start):
+    process = start("read_alerts.py")
+    lines = [process.stdout.readline() for _ in range(4)]
+    assert [re.search(r"block-(\d+) .*revision (\d)", line).groups() for line in lines] == [
+        ("1", "1"),
+        ("2", "1"),
+        ("2", "2"),
+        ("3", "1"),
+    ]
+    assert "major: block-1 did delete_error, expected deleted 78% (score 5.40 > 0.70, revision 1)" in lines[0]
+    time.sleep(0.5)  # the last one's commit
+    assert stop(process) == ("", "")
+    again = start("read_alerts.py")
+    time.sleep(4)
+    assert stop(again)[0] == "", "committed alerts came again"
+
+
+class Receiver:
+    """A web server that answers each post with the next of `answers`, and with the last one from then on."""
+
+    def __init__(self, *answers):
+        self.got = []
+        outer, left = self, list(answers)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status = left.pop(0) if len(left) > 1 else left[0]
+                outer.got.append((status, self.headers["Idempotency-Key"], body["block_id"]))
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/alerts"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def taken(self):
+        return [(key, block) for status, key, block in self.got if status == 200]
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + 40
+        while not condition():
+            assert time.monotonic() < deadline, self.got
+            time.sleep(0.05)
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def receiver():
+    made = []
+
+    def make(*answers):
+        made.append(Receiver(*answers))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_the_webhook_loses_no_alert_though_the_receiver_is_away_and_it_is_killed(start, receiver):
+    away = receiver(503)
+    process = start("webhook.py", "--url", away.url, "--severity", "major", "critical")
+    away.wait_for(lambda: len(away.got) >= 2)
+    process.kill()
+    assert "503" in process.communicate()[1]
+
+    back = receiver(429, 200)
+    process = start("webhook.py", "--url", back.url, "--severity", "major", "critical")
+    back.wait_for(lambda: len(back.taken()) >= 4)
+    stop(process)
+    assert back.got[0][0] == 429
+    assert {block for _, block in back.taken()} == {"block-1", "block-2"}
+    assert {key for key, _ in back.taken()} == {f"{1:032x}.1", f"{2:032x}.1", f"{2:032x}.2"}
+
+
+def test_a_receiver_that_refuses_ends_the_webhook(start, receiver):
+    process = start("webhook.py", "--url", receiver(404).url)
+    _, said = process.communicate(timeout=40)
+    assert process.returncode == 2
+    assert re.fullmatch(r"error: the receiver refuses: 404 .*; mend that and start again\n", said)
+
+
+@pytest.mark.skipif(shutil.which("kcat") is None, reason="kcat is not installed")
+def test_kcat_reads_them(kafka, alerts_topic):
+    commands = re.findall(r"^kcat .*$", (ROOT / "docs" / "alerts.md").read_text(), re.MULTILINE)
+    names = {"localhost:9092": kafka.bootstrap, "log-anomaly-alerts": alerts_topic}
+    whole, blocks = (
+        subprocess.run(
+            [names.get(word, word) for word in shlex.split(command)],
+            capture_output=True, text=True, check=True, timeout=30,
+        ).stdout.splitlines()
+        for command in commands
+    )  # fmt: skip
+    assert [json.loads(line)["block_id"] for line in whole] == blocks
+    assert blocks == ["block-1", "block-2", "block-2", "block-2", "block-3"]
