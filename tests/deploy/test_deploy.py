@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from consumer.metrics import Metrics, MetricsServer, PartitionStatus, Status
+from consumer.board import Board
+from consumer.metrics import Metrics, PartitionStatus, Status
 from consumer.settings import Settings, load_settings
+from consumer.web import WebServer
 from model.config import load
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +103,7 @@ def test_image_probes_and_prometheus_agree_on_the_port():
 def test_the_healthcheck_tells_a_loop_that_runs_from_one_that_hangs():
     (command,) = re.findall(r"CMD (\[.*urlopen.*\])", (DEPLOY / "Dockerfile").read_text())
     metrics = Metrics()
-    server = MetricsServer(metrics, "127.0.0.1:0")
+    server = WebServer(metrics, Board(Settings()), "127.0.0.1:0")
     check = [part.replace("127.0.0.1:9108", server.address) for part in json.loads(command)]
 
     def healthy():
@@ -157,8 +159,15 @@ def test_the_secret_is_a_form_without_a_secret():
 def known_metrics():
     """The names of all series that a consumer with partitions shows."""
     metrics = Metrics()
-    partition = PartitionStatus(open_blocks=1, watermark=1, lag=1, drift={"tail": 0.1, "body": 0.1}, alarm=None)
-    metrics.status = Status(artifacts={"model": "m"}, partitions={0: partition})
+    drift = {"tail": 0.1, "body": 0.1}
+    partition = PartitionStatus(open_blocks=1, watermark=1, lag=1, catch_up=0, drift=drift, alarm=None)
+    metrics.status = Status(
+        alerts={"minor": 1},
+        dead_letters={"other": 1},
+        levels={"minor": 1.0},
+        artifacts={"model": "m"},
+        partitions={0: partition},
+    )
     return {sample.name for family in metrics.registry.collect() for sample in family.samples}
 
 
