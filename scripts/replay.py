@@ -13,9 +13,10 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from consumer.settings import EventSettings, Settings, load_settings
+from consumer.settings import Settings, load_settings
 from consumer.topics import TopicSpec, ensure_topics, setting_error
 from model.cli import argument_parser, console, run
+from model.config import EventSettings
 from model.errors import UserError
 from model.sessions import Event, read_events
 

@@ -16,10 +16,11 @@ from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from rich.table import Table
 
 from consumer.artifacts import Artifacts
-from consumer.events import Decoder, EventBatch, Undecodable
+from consumer.events import EventBatch, Undecodable
 from consumer.history import TopicHistory
 from consumer.records import DRIFT, DamagedRecordError, DriftState
 from consumer.settings import Settings, load_settings
+from consumer.text import AnyDecoder
 from consumer.topics import require_topic
 from model.cli import argument_parser, console, progress_bar, run
 from model.errors import UserError
@@ -139,7 +140,7 @@ def _in_force_since(settings: Settings, judge: bytes, committed: dict[int, int])
     return since
 
 
-def _decode(decoder: Decoder, message: Message, batch: EventBatch) -> None:
+def _decode(decoder: AnyDecoder, message: Message, batch: EventBatch) -> None:
     with suppress(Undecodable):  # such a message is in the dead-letter topic and in no window
         decoder.decode(message.key(), message.value(), message.offset(), batch, message.timestamp()[1])
 

@@ -20,7 +20,7 @@ def test_the_shipped_file_states_the_defaults():
         ("scoring: {every: many}", "scoring.every: input should be a valid integer"),
         ("model: {width: 10, heads: 3}", "model: width (10) should be a multiple of heads (3)"),
         ("kafka: {enable.auto.commit: true}", "kafka: enable.auto.commit cannot be set"),
-        ("topics: {alerts: log-events}", "topics: events, alerts, dead_letters and state should be four"),
+        ("topics: {alerts: log-events}", "topics: lines, events, alerts, dead_letters and state should be five"),
         (
             "kafka: {sasl.password: '${NO_SUCH_VARIABLE}'}",
             "kafka.sasl.password needs the environment variable",

@@ -1,0 +1,108 @@
+"""Raw log lines to events: what a line from a shipper says, without Kafka.
+
+A line is an event of each block that it names, once a block. A line that names none is no dead letter, since most
+lines of a real log do not: it is counted and skipped. Bytes that are not UTF-8 become U+FFFD, as in training.
+"""
+
+from collections.abc import Mapping
+
+from consumer.events import MAX_ID_BYTES, Decoder, EventBatch, Undecodable
+from consumer.settings import Settings, milliseconds
+from model.bundle import Bundle
+from model.config import EventSettings
+from model.errors import UserError
+from model.lines import LineFormat, LineReader
+from model.vocabulary import UNK
+
+Row = tuple[str, str, int]
+"""Block id, event id and milliseconds since 1970. The event id of a line that no template matches is its text, cut."""
+
+
+class TextDecoder:
+    """Turns lines into events.
+
+    Args:
+        lines: how they are cut, and the templates, both of the model.
+        tokens: token of each event id of the vocabulary.
+        max_ahead: as for `Decoder`.
+
+    `skipped` counts the lines that named no block.
+    """
+
+    def __init__(self, lines: LineFormat, tokens: Mapping[str, int], max_ahead: int) -> None:
+        self._read = LineReader(lines).read
+        self._tokens = tokens
+        self._max_ahead = max_ahead
+        self._tombstones = Decoder(EventSettings(), tokens)
+        self.skipped = 0
+
+    def rows(self, value: bytes, sent: int) -> list[Row]:
+        """Return what a line says; `sent` is its Kafka timestamp in milliseconds, its time if it tells none itself.
+
+        Raises:
+            Undecodable: it cannot be an event; the text says why.
+        """
+        blocks, event, time = self._read(value.decode("utf-8", "replace"))
+        if not blocks:
+            self.skipped += 1
+            return []
+        if time is None:
+            if sent < 0:
+                raise Undecodable("the line tells no time, and its message has no timestamp")
+            time = sent
+        if time - sent > self._max_ahead:
+            raise Undecodable("the timestamp is further ahead of the message's own than windows.max_ahead allows")
+        for block in blocks:
+            if len(block) * 4 > MAX_ID_BYTES and len(block.encode()) > MAX_ID_BYTES:
+                raise Undecodable(f"the block id is longer than {MAX_ID_BYTES} bytes")
+        return [(block, event, time) for block in blocks]
+
+    def decode(self, key: bytes | None, value: bytes | None, offset: int, batch: EventBatch, sent: int) -> None:
+        """Append the line's events, all with its offset, to `batch`; a tombstone as `Decoder.decode`.
+
+        The key says nothing about a line: shippers write what they like there, or nothing.
+
+        Raises:
+            Undecodable: as `rows`; `batch` is as it was.
+        """
+        if value is None:
+            self._tombstones.decode(key, None, offset, batch, sent)
+            return
+        for block, event, time in self.rows(value, sent):
+            token = self._tokens.get(event, UNK)
+            if token == UNK:
+                batch.unknown[len(batch.blocks)] = event
+            batch.blocks.append(block)
+            batch.tokens.append(token)
+            batch.times.append(time)
+            batch.offsets.append(offset)
+
+
+AnyDecoder = Decoder | TextDecoder
+
+
+def decoder_for(settings: Settings, bundle: Bundle) -> AnyDecoder:
+    """Return the decoder of what `events.format` says is in the event topic, into the model's vocabulary.
+
+    Raises:
+        UserError: the model knows no lines, or not as the settings cut them.
+    """
+    max_ahead = milliseconds(settings.windows.max_ahead)
+    if settings.events.format == "json":
+        return Decoder(settings.events, bundle.vocabulary.tokens, max_ahead)
+    return TextDecoder(known_lines(settings, bundle), bundle.vocabulary.tokens, max_ahead)
+
+
+def known_lines(settings: Settings, bundle: Bundle) -> LineFormat:
+    """Return how the model cuts lines, which is how the settings cut them.
+
+    Raises:
+        UserError: as `decoder_for`.
+    """
+    if bundle.lines is None:
+        raise UserError(
+            f"{settings.model.path}: the model was trained on events and knows no templates of raw lines; "
+            "train one on raw log lines with python -m model --normal raw.log.gz"
+        )
+    bundle.lines.check(settings.events)
+    return bundle.lines
