@@ -60,7 +60,7 @@ def _rekey(settings: Settings, patience: Patience) -> int:
     topics = settings.topics
     if settings.events.format == "text":
         raise UserError(
-            f"events.format: text makes the detector take {topics.events} for raw lines, and --rekey writes JSON events "
+            f"events.format: text makes the detector take {topics.events} for raw lines, but --rekey writes events "
             "there; set it to json"
         )
     rekeyer = Rekeyer(settings, Bundle.load(settings.model.path), patience)

@@ -41,7 +41,7 @@ class Crossings:
         self.count += 1
         if self.count == 1:
             log.error(
-                "%s: block %s has events in the partitions %d and %d, so it is judged as two half blocks and alerts "
-                "are wrong: key messages by block, or let python -m consumer --rekey do it; see docs/lines.md#re-keying",
+                "%s: block %s has events in the partitions %d and %d, so it is judged as two half blocks, wrongly: "
+                "key messages by block, or let python -m consumer --rekey do it; see docs/lines.md#re-keying",
                 self._topic, block.decode("utf-8", "replace"), other, partition,
             )  # fmt: skip
