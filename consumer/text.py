@@ -4,7 +4,8 @@ A line is an event of each block that it names, once a block. A line that names 
 lines of a real log do not: it is counted and skipped. Bytes that are not UTF-8 become U+FFFD, as in training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from consumer.events import MAX_ID_BYTES, Decoder, EventBatch, Undecodable
 from consumer.settings import Settings, milliseconds
@@ -16,6 +17,35 @@ from model.vocabulary import UNK
 
 Row = tuple[str, str, int]
 """Block id, event id and milliseconds since 1970. The event id of a line that no template matches is its text, cut."""
+
+
+_AT_ONCE = 512  # lines: what is made of more of them at a time no longer fits the processor's cache
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Events of many lines, one list entry each, and why other lines cannot be events.
+
+    Attributes:
+        places: of the event's line among the lines, ascending; several events may be of one line.
+        blocks: block id.
+        events: event id.
+        times: milliseconds since 1970.
+        refused: by place.
+    """
+
+    places: list[int]
+    blocks: list[str]
+    events: list[str]
+    times: list[int]
+    refused: dict[int, Undecodable]
+
+    def add(self, place: int, block: str, event: str, time: int) -> None:
+        """Append an event."""
+        self.places.append(place)
+        self.blocks.append(block)
+        self.events.append(event)
+        self.times.append(time)
 
 
 class TextDecoder:
@@ -30,7 +60,7 @@ class TextDecoder:
     """
 
     def __init__(self, lines: LineFormat, tokens: Mapping[str, int], max_ahead: int) -> None:
-        self._read = LineReader(lines).read
+        self._lines = LineReader(lines)
         self._tokens = tokens
         self._max_ahead = max_ahead
         self._tombstones = Decoder(EventSettings(), tokens)
@@ -42,7 +72,31 @@ class TextDecoder:
         Raises:
             Undecodable: it cannot be an event; the text says why.
         """
-        blocks, event, time = self._read(value.decode("utf-8", "replace"))
+        return self._rows(*self._lines.read(_text(value)), sent)
+
+    def columns(self, values: Sequence[bytes], sent: Sequence[int]) -> Columns:
+        """Return what each of many lines says, as `rows`; this is faster."""
+        columns = Columns([], [], [], [], {})
+        for start in range(0, len(values), _AT_ONCE):
+            end = start + _AT_ONCE
+            self._append(columns, start, values[start:end], sent[start:end])
+        return columns
+
+    def _append(self, columns: Columns, start: int, values: Sequence[bytes], sent: Sequence[int]) -> None:
+        named, events, times = self._lines.read_all([_text(value) for value in values])
+        for place, (blocks, event, time, when) in enumerate(zip(named, events, times, sent, strict=True), start):
+            if len(blocks) != 1 or time is None or time - when > self._max_ahead or len(blocks[0]) * 4 > MAX_ID_BYTES:
+                try:
+                    rows = self._rows(blocks, event, time, when)
+                except Undecodable as reason:
+                    columns.refused[place] = reason
+                    continue
+                for block, _, at in rows:
+                    columns.add(place, block, event, at)
+            else:
+                columns.add(place, blocks[0], event, time)
+
+    def _rows(self, blocks: Sequence[str], event: str, time: int | None, sent: int) -> list[Row]:
         if not blocks:
             self.skipped += 1
             return []
@@ -76,6 +130,10 @@ class TextDecoder:
             batch.tokens.append(token)
             batch.times.append(time)
             batch.offsets.append(offset)
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
 
 
 AnyDecoder = Decoder | TextDecoder

@@ -10,9 +10,10 @@ A line is cut in three steps, the same in training and in the stream:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
+import numpy as np
 
 from model.config import EventSettings
 from model.errors import UserError
@@ -28,8 +29,9 @@ MAX_NAME_BYTES = 1024
 _SHAPE_CHARACTERS = 4096  # what is behind is not looked at for the template
 _CACHE_BYTES = 64_000_000  # of shapes and masked lines; then remembering begins anew
 _ENTRY_BYTES = 200  # what Python takes beside the text itself
+_BETWEEN = b"\xff"  # is in no UTF-8 text
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
-_LIST = re.compile(r"(<[A-Z_]+>)(?:[,;]?\s+\1(?![^\s,;]))+")
+_LIST = re.compile(r"(?<!\w)(<[A-Z_]+>)(?:[,;]? \1(?=[\s,;\])}]|$))+")
 
 
 class LineRules(msgspec.Struct, frozen=True):
@@ -85,17 +87,37 @@ class LineCutter:
 
     def cut(self, text: str) -> tuple[Sequence[str], bytes]:
         """Return the blocks that a line names, each once, and the line's shape."""
+        blocks, hidden = self._hide(text)
+        shape = hidden.translate(_DIGITS).replace(b"0000", b"0")
+        while b"00" in shape:
+            shape = shape.replace(b"00", b"0")
+        return blocks, shape
+
+    def cut_all(self, texts: Iterable[str]) -> tuple[list[Sequence[str]], list[bytes]]:
+        """Return blocks and shape of each line, as `cut`; for many lines this is twice as fast."""
+        blocks: list[Sequence[str]] = []
+        hidden: list[bytes] = []
+        for text in texts:
+            named, rest = self._hide(text)
+            blocks.append(named)
+            hidden.append(rest)
+        if not hidden:
+            return [], []
+        letters = np.frombuffer(_BETWEEN.join(hidden).translate(_DIGITS), np.uint8)  # (L,) of all lines
+        digit = letters == ord("0")
+        keep = np.ones(len(letters), np.bool_)
+        np.logical_not(digit[1:] & digit[:-1], out=keep[1:])
+        return blocks, letters[keep].tobytes().split(_BETWEEN)
+
+    def _hide(self, text: str) -> tuple[Sequence[str], bytes]:
+        """Return the blocks that a line names, and as much of it as matters, with BLOCK in their places."""
         blocks = self._find(text)
         if len(blocks) == 1 and text.count(blocks[0]) == 1:
             text = text.replace(blocks[0], BLOCK)
         elif blocks:
-            text = self._block.sub(_hide, text)
+            text = self._block.sub(_hidden, text)
             blocks = list(dict.fromkeys(filter(None, blocks)))
-        shape = text[:_SHAPE_CHARACTERS].encode("utf-8", "surrogatepass")
-        shape = shape.translate(_DIGITS).replace(b"0000", b"0")
-        while b"00" in shape:
-            shape = shape.replace(b"00", b"0")
-        return blocks, shape
+        return blocks, text[:_SHAPE_CHARACTERS].encode("utf-8", "surrogatepass")
 
     def time(self, text: str) -> int | None:
         """Return when a line says that it was written, in milliseconds since 1970; None where it does not."""
@@ -134,11 +156,26 @@ class LineReader:
         blocks, shape = self._cut(text)
         if not blocks:
             return (), "", None
-        try:
-            event = self._by_shape[shape]
-        except KeyError:
-            event = self._remember(shape)
-        return blocks, _name(text) if event is None else event, self._time(text)
+        event = self._by_shape.get(shape)
+        return blocks, self._rare(text, shape) if event is None else event, self._time(text)
+
+    def read_all(self, texts: Sequence[str]) -> tuple[list[Sequence[str]], list[str], list[int | None]]:
+        """Return what `read` returns of each line, as columns; for many lines this is faster.
+
+        The event of a line that names no block is without meaning here.
+        """
+        blocks, shapes = self._cutter.cut_all(texts)
+        known = list(map(self._by_shape.get, shapes))
+        events = [
+            event if event is not None else self._rare(text, shape)
+            for event, text, shape in zip(known, texts, shapes, strict=True)
+        ]
+        return blocks, events, list(map(self._time, texts))
+
+    def _rare(self, text: str, shape: bytes) -> str:
+        """Return the event of a line whose shape is new, or of no template."""
+        event = self._by_shape[shape] if shape in self._by_shape else self._remember(shape)
+        return _name(text) if event is None else event
 
     def _remember(self, shape: bytes) -> str | None:
         if self._held > _CACHE_BYTES:
@@ -154,7 +191,7 @@ class LineReader:
         return event
 
 
-def _hide(found: re.Match[str]) -> str:
+def _hidden(found: re.Match[str]) -> str:
     """Put BLOCK in the place of the id in a match of the block pattern."""
     start, end = (at - found.start() for at in found.span(found.re.groups))
     return BLOCK if start < 0 else found[0][:start] + BLOCK + found[0][end:]

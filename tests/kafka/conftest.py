@@ -82,6 +82,7 @@ class Line:
                 "producer": {"transaction.timeout.ms": 5000},
             },
             "topics": {
+                "lines": f"{self.name}-lines",
                 "events": f"{self.name}-events",
                 "alerts": f"{self.name}-alerts",
                 "dead_letters": f"{self.name}-dead",
@@ -110,11 +111,11 @@ class Line:
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def start_consumer(self, fault=""):
+    def start_consumer(self, fault="", *options):
         log = self.config.with_suffix(f".{len(self.processes)}.log")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "consumer", "--config", str(self.config)],
+                [sys.executable, "-m", "consumer", "--config", str(self.config), *options],
                 env=os.environ | {"LOG_ANOMALY_FAULT": fault},
                 cwd=ROOT, stdout=output, stderr=output,
             )  # fmt: skip
@@ -163,10 +164,10 @@ class Line:
         consumer.close()
         return sorted(messages, key=lambda message: (message.partition(), message.offset()))
 
-    def lag(self):
+    def lag(self, topic=None, group=None):
         """Return how many input messages the group has not committed."""
-        topic = self.settings.topics.events
-        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": self.name, "log_level": 0})
+        topic = topic or self.settings.topics.events
+        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": group or self.name, "log_level": 0})
         try:
             partitions = [
                 TopicPartition(topic, number)
