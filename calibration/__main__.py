@@ -19,14 +19,13 @@ from calibration.traffic import read_traffic
 from consumer.settings import Settings, load_settings, milliseconds
 from consumer.threshold import Threshold
 from model.bundle import Bundle
-from model.cli import argument_parser, console, progress_bar, run
+from model.cli import argument_parser, console, milliseconds_of, progress_bar, run
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
 from model.sessions import read_normal, read_sessions
 
 _FROM_SETTINGS = ""
-_LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,9 @@ class Observed:
 def main() -> None:
     """Score, rank, write, and say what the thresholds mean."""
     arguments = _parser().parse_args()
-    begin, end = (_time(option, text) for option, text in (("--from", arguments.begin), ("--to", arguments.end)))
+    begin, end = (
+        milliseconds_of(option, text) for option, text in (("--from", arguments.begin), ("--to", arguments.end))
+    )
     _check(arguments, begin, end)
     settings = load_settings(arguments.config)
     out = arguments.out or settings.calibration.path
@@ -131,7 +132,7 @@ def _check(arguments: Namespace, begin: int | None, end: int | None) -> None:
 
 
 def _from_files(arguments: Namespace, settings: Settings, scorer: Scorer) -> Observed:
-    normal = read_normal(arguments.normal)
+    normal = read_normal(arguments.normal, scorer.bundle.lines)
     counts = f"{len(normal.sessions):,} normal sessions, {normal.left_out:,} anomalous ones left out"
     source = [*normal.files, counts]
     for line in source:
@@ -180,7 +181,8 @@ def _from_topic(topic: str, settings: Settings, scorer: Scorer, begin: int | Non
 
 
 def _failing(paths: Sequence[Path], settings: Settings, scorer: Scorer) -> NDArray[np.float64]:
-    sessions = [session for path in paths for session in read_sessions(path).sessions if session.anomalous is not False]
+    files = [read_sessions(path, scorer.bundle.lines) for path in paths]
+    sessions = [session for file in files for session in file.sessions if session.anomalous is not False]
     if not sessions:
         raise UserError("--anomalous: the files hold no such session; check their labels")
     with progress_bar("scoring failing sessions", len(sessions)) as advance:
@@ -215,27 +217,6 @@ def _say(threshold: Threshold, left_out: Sequence[str]) -> None:
     console.print(table)
     for reason in left_out:
         console.print(reason)
-
-
-def _time(option: str, text: str | None) -> int | None:
-    """Return milliseconds since 1970.
-
-    Raises:
-        UserError: the text is no time.
-    """
-    if text is None:
-        return None
-    try:
-        if text.isdecimal():
-            time_ms = int(text)
-        else:
-            moment = datetime.fromisoformat(text)
-            time_ms = round(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() * 1000)
-    except ValueError:
-        time_ms = -1
-    if not 0 <= time_ms <= _LATEST:
-        raise UserError(f"{option} {text}: write a time like 2008-11-10T06:00 (UTC) or milliseconds since 1970")
-    return time_ms
 
 
 def _iso(time_ms: int) -> str:

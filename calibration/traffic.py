@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.block_scores import CACHE, Block, SessionScores, keep_highest
-from consumer.events import CLOCK, TOMBSTONE, Decoder, EventBatch, Messages
+from consumer.events import CLOCK, TOMBSTONE, EventBatch, Messages
 from consumer.history import TopicHistory
 from consumer.scores import LookScores
 from consumer.settings import Settings, milliseconds
+from consumer.text import AnyDecoder, decoder_for
 from model.scoring import Scorer
 
 _BEFORE = -1
@@ -84,7 +85,7 @@ class PartitionTraffic:
     def __init__(
         self,
         traffic: Traffic,
-        decoder: Decoder,
+        decoder: AnyDecoder,
         scores: LookScores,
         *,
         begin: int | None,
@@ -176,7 +177,7 @@ def read_traffic(
     """
     idle_timeout = milliseconds(settings.windows.idle_timeout)
     max_ahead = milliseconds(settings.windows.max_ahead)
-    decoder = Decoder(settings.events, scorer.bundle.vocabulary.tokens, max_ahead)
+    decoder = decoder_for(settings, scorer.bundle)
     scores = LookScores(scorer, None, CACHE)
     traffic = Traffic()
     with TopicHistory(settings, topic) as history:

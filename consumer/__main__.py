@@ -9,9 +9,11 @@ import torch
 from consumer.artifacts import Artifacts
 from consumer.logs import FORMATS, changed, set_up
 from consumer.patience import Patience
+from consumer.rekey import Rekeyer
 from consumer.service import Service
 from consumer.settings import Settings, load_settings
 from consumer.topics import STATE_CONFIG, TopicSpec, check_rights, check_state_topic, ensure_topics, require_topic
+from model.bundle import Bundle
 from model.cli import argument_parser, run
 from model.device import choose
 from model.errors import UserError
@@ -22,6 +24,11 @@ log = logging.getLogger("consumer")
 def main() -> int:
     """Do as the command line says; with JSON logs the last word is JSON, too."""
     parser = argument_parser("consumer", "Watch the log topic and publish anomaly alerts.")
+    parser.add_argument(
+        "--rekey",
+        action="store_true",
+        help="instead, turn the raw lines of topics.lines into events on topics.events, keyed by block",
+    )
     parser.add_argument("--log-format", choices=FORMATS, default="text", help="lines for people, or a JSON object each")
     arguments = parser.parse_args()
     set_up(arguments.log_format)
@@ -39,6 +46,8 @@ def _watch(arguments: Namespace) -> int:
     settings = load_settings(arguments.config)
     patience = Patience()
     patience.end_on(signal.SIGTERM, signal.SIGINT)
+    if arguments.rekey:
+        return _rekey(settings, patience)
 
     torch.set_num_threads(1)  # its threads wait for each other by spinning, at the cost of Kafka's
     artifacts = Artifacts.load(settings)
@@ -73,6 +82,23 @@ def _introduce(settings: Settings, artifacts: Artifacts, partitions: int, device
         ("promise", f"at most {threshold.bound:.2g} of normal blocks alert (q = {threshold.quantile:g})"),
     ):
         log.info("%-10s %s", what, text)
+
+
+def _rekey(settings: Settings, patience: Patience) -> int:
+    topics = settings.topics
+    if settings.events.format == "text":
+        raise UserError(
+            f"events.format: text makes the detector take {topics.events} for raw lines, but --rekey writes events "
+            "there; set it to json"
+        )
+    rekeyer = Rekeyer(settings, Bundle.load(settings.model.path), patience)
+    for name in ensure_topics(settings, map(TopicSpec, (topics.lines, topics.events, topics.dead_letters))):
+        log.info("created topic %s", name)
+    log.info("reading %s as group %s from %s", topics.lines, rekeyer.group, settings.kafka.bootstrap)
+    log.info("events go to %s keyed by block, delivery %s", topics.events, settings.delivery)
+    rekeyer.run()
+    log.info("stopped: %s", rekeyer.summary())
+    return patience.exit_status()
 
 
 if __name__ == "__main__":

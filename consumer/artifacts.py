@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consumer.detector import Detector
-from consumer.events import Decoder
 from consumer.settings import Settings, milliseconds
+from consumer.text import AnyDecoder, decoder_for
 from consumer.threshold import Threshold
 from model.bundle import Bundle
 from model.device import choose
@@ -61,6 +61,7 @@ class Artifacts:
             idle_timeout_ms=milliseconds(settings.windows.idle_timeout),
             path=settings.calibration.path,
         )
+        decoder_for(settings, self.bundle)
 
     def is_same(self, other: "Artifacts") -> bool:
         """Whether no alert could tell the two apart."""
@@ -83,9 +84,13 @@ class Artifacts:
             drift=settings.drift,
         )
 
-    def decoder(self, settings: Settings) -> Decoder:
-        """Return a decoder into the model's vocabulary."""
-        return Decoder(settings.events, self.bundle.vocabulary.tokens, milliseconds(settings.windows.max_ahead))
+    def decoder(self, settings: Settings) -> AnyDecoder:
+        """Return a decoder into the model's vocabulary.
+
+        Raises:
+            UserError: as `decoder_for`.
+        """
+        return decoder_for(settings, self.bundle)
 
     def __str__(self) -> str:
         threshold = self.threshold

@@ -85,6 +85,11 @@ class Messages(NamedTuple):
         part = slice(begin, end)
         return Messages(self.keys[part], self.values[part], self.offsets[part], self.sent[part])
 
+    def at(self, places: Sequence[int]) -> "Messages":
+        """Return the messages at some places."""
+        keys, values = ([column[place] for place in places] for column in (self.keys, self.values))
+        return Messages(keys, values, self.offsets[places], self.sent[places])
+
 
 class Refused(NamedTuple):
     """A message that is neither event nor tombstone: its place among the messages, and why."""
@@ -165,6 +170,8 @@ class Decoder:
     def __init__(self, fields: EventSettings, tokens: Mapping[str, int], max_ahead: int = _LATEST) -> None:
         self._tokens = tokens
         self._max_ahead = max_ahead
+        self.skipped = 0
+        """Messages that are no event and no trouble either: none here."""
         self._fields = Names.of(name.encode() for name in (fields.block_id, fields.event_id, fields.timestamp))
         self._vocabulary = NameIndex()
         slots = self._vocabulary.locate(Names.of(map(_bytes, tokens)), np.ones(len(tokens), np.bool_))

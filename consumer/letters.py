@@ -13,6 +13,7 @@ _KINDS = {
     "the event id": "bad_id",
     "the timestamp is further ahead": "far_future",
     "the timestamp": "bad_timestamp",
+    "the line tells no time": "bad_timestamp",
     "neither key": "bad_tombstone",
     "the tombstone": "bad_tombstone",
 }

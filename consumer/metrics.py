@@ -77,6 +77,8 @@ _COUNTERS = {
     "cache_hits": "Looks whose score was known already.",
     "windows_scored": "Windows that went through the network, those of a restore included.",
     "evicted_blocks": "Blocks closed early to make room for others.",
+    "skipped_lines": "Raw lines that name no block.",
+    "crossed_blocks": "Blocks open in two partitions at once: messages are not keyed by block.",
 }
 
 

@@ -20,6 +20,7 @@ from consumer.artifacts import Artifacts, ArtifactWatcher
 from consumer.board import Board
 from consumer.checkpoint import PER_COMMIT, Checkpointer, Replay
 from consumer.clients import client
+from consumer.crossings import Crossings
 from consumer.delivery import StateRecord, TransactionAborted, delivery_for
 from consumer.drift import MEANING
 from consumer.events import EventBatch, Messages
@@ -80,6 +81,7 @@ class Service:
         self._astray: set[int] = set()
         self._checkpoint_at = 0.0
         self._metrics = Metrics()
+        self._crossings = Crossings(self._topic)
         self._board = Board(settings)
         self._detector.time_scoring = self._metrics.scoring_seconds.time
         patience.call_while_waiting(self._metrics.beat)
@@ -212,6 +214,8 @@ class Service:
                 "cache_hits": self._detector.cached,
                 "windows_scored": self._detector.scored,
                 "evicted_blocks": self._detector.evicted,
+                "crossed_blocks": self._crossings.count,
+                "skipped_lines": self._decoder.skipped,
             },
             reloads=dict(self._watcher.outcomes),
             alerts=dict.fromkeys(levels, 0) | self.alerts,
@@ -248,31 +252,43 @@ class Service:
             else:
                 self._on_message_error(message.error(), message.partition())
         self.messages += len(messages)
-        now = time.monotonic()
-        live: dict[int, EventBatch] = {}
+        live = {}
         for partition, some in by_partition.items():
-            assigned = self._assigned.get(partition)
-            if assigned is None:
-                continue  # no longer ours
-            columns = Messages.of(some)
-            known, done = np.searchsorted(columns.offsets, [assigned.position, assigned.published]).tolist()
-            if known == len(some):
-                continue  # seen before a rebalance gave the partition back
-            done = max(known, done)
-            assigned.position = int(columns.offsets[-1]) + 1
-            assigned.touched = True
-            assigned.active = now
-            self._patience.uncommitted += len(some) - done
-            if known < done:  # judged by a predecessor: taken in without publishing
-                self._detector.replay(partition, self._decoder.decode(columns.from_place(known, done))[0])
-            live[partition], refused = self._decoder.decode(columns.from_place(done))
-            for letter in refused:
-                self._bury(some[done + letter.place], letter.reason)
+            batch = self._decoded(partition, some)
+            if batch is not None:
+                live[partition] = batch
         if live:
             self._publish(self._detector.process(live))
             self._say_alarms()
+            self._look_for_crossings(live)
         for partition in by_partition.keys() & self._assigned.keys():
             self._end_replay(partition)
+
+    def _decoded(self, partition: int, messages: Sequence[Message]) -> EventBatch | None:
+        """Return the events that are to be judged; take in those that a predecessor has judged, without publishing."""
+        assigned = self._assigned.get(partition)
+        if assigned is None:
+            return None  # no longer ours
+        columns = Messages.of(messages)
+        known, done = np.searchsorted(columns.offsets, [assigned.position, assigned.published]).tolist()
+        if known == len(messages):
+            return None  # seen before a rebalance gave the partition back
+        done = max(known, done)
+        assigned.position = int(columns.offsets[-1]) + 1
+        assigned.touched = True
+        assigned.active = time.monotonic()
+        self._patience.uncommitted += len(messages) - done
+        if known < done:
+            self._detector.replay(partition, self._decoder.decode(columns.from_place(known, done))[0])
+        batch, refused = self._decoder.decode(columns.from_place(done))
+        for letter in refused:
+            self._bury(messages[done + letter.place], letter.reason)
+        return batch
+
+    def _look_for_crossings(self, partitions: Iterable[int]) -> None:
+        stores = {partition: self._detector.store(partition) for partition in self._assigned}
+        for partition in partitions:
+            self._crossings.look(partition, stores[partition].opened, stores)
 
     def _close_silent(self) -> None:
         """Close the sessions of partitions that have been silent for the idle timeout, on the wall clock."""

@@ -108,6 +108,8 @@ class WindowStore:
         self._departed: list[Departed] = []
         self._urgent: set[int] = set()
         self._looks: Looks | None = None
+        self.opened = Names.of([])
+        """Open blocks whose session began with an event of the last batch."""
 
     @property
     def open_blocks(self) -> int:
@@ -137,6 +139,11 @@ class WindowStore:
         slot = int(self._index.find(Names.of([name]))[0])
         return slot if slot != NONE and self.is_open(slot) else NONE
 
+    def are_open(self, names: Names) -> NDArray[np.bool_]:
+        """Say of each block (N,) whether it is open."""
+        slots = self._index.find(names)
+        return (slots != NONE) & (self._sessions.rows["count"][slots] > 0)
+
     def unknown(self, slot: int) -> dict[int, str]:
         """Return the event ids, by offset, of the UNK tokens in a slot's window."""
         return self._unknown.get(slot, {})
@@ -151,6 +158,9 @@ class WindowStore:
         for place, event in batch.unknown.items():
             self._unknown.setdefault(int(slots[place]), {})[int(batch.offsets[place])] = event
         yield from self._run(slots, batch.tokens, batch.times, batch.offsets)
+        rows = self._sessions.rows
+        begun = (rows["count"][slots] > 0) & (rows["first_offset"][slots] == batch.offsets)
+        self.opened = batch.names.take((slots != NONE) & begun)
         for slot in {int(slots[place]) for place in batch.unknown}:
             self._prune_unknown(slot)
 

@@ -1,17 +1,21 @@
 """`python -m model`: learns what normal looks like and writes the model bundle."""
 
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model import training
 from model.bundle import Bundle
-from model.cli import argument_parser, console, run
+from model.cli import argument_parser, console, milliseconds_of, run
 from model.config import TrainingJob, load
 from model.device import choose
 from model.errors import UserError
-from model.sessions import read_normal, read_templates
+from model.lines import LineFormat, LineRules
+from model.mining import mine
+from model.rawlog import is_raw
+from model.sessions import Session, read_normal, read_templates
 from model.vocabulary import Vocabulary
 
 
@@ -26,20 +30,24 @@ def main() -> None:
         metavar="FILE",
         help="CSV with event_id,template: texts for the alerts (default: templates.csv beside the first file, if any)",
     )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="of raw logs: CSV with BlockId,Label: which blocks to leave out (default: labels.csv beside each)",
+    )
+    parser.add_argument(
+        "--from", dest="begin", metavar="TIME", help="of raw logs: take blocks that begin at or after it"
+    )
+    parser.add_argument("--to", dest="end", metavar="TIME", help="of raw logs: take blocks that are over before it")
     arguments = parser.parse_args()
     settings = load(arguments.config, TrainingJob)
     device = choose(settings.device)
     out = arguments.out or settings.model.path
 
-    normal = read_normal(arguments.normal)
-    for line in normal.files:
-        console.print(line)
-    console.print(f"{len(normal.sessions):,} normal sessions, {normal.left_out:,} anomalous ones left out")
-    if not normal.sessions:
-        raise UserError("no normal session is left to train on; give files with healthy sessions")
-    templates = _templates(arguments.templates, arguments.normal[0])
-    vocabulary = Vocabulary.of((session.events for session in normal.sessions), templates)
-    sequences = [vocabulary.encode(session.events) for session in normal.sessions]
+    sessions, templates, lines = _read(arguments, LineRules.of(settings.events))
+    vocabulary = Vocabulary.of((session.events for session in sessions), templates)
+    sequences = [vocabulary.encode(session.events) for session in sessions]
     described = len(vocabulary.templates.keys() & set(vocabulary.events))
     console.print(
         f"{len(vocabulary.events)} event ids ({described} with a template), "
@@ -72,13 +80,41 @@ def main() -> None:
         "restored": round(last[0].restored, 6),
         "settings": settings.training.model_dump(),
     }
-    bundle = Bundle(network, vocabulary, facts)
+    bundle = Bundle(network, vocabulary, facts, lines)
     bundle.save(out)
     console.print(
         f"{network.parameter_count:,} parameters, {time.monotonic() - started:.0f} s, "
         f"{last[0].restored:.1%} of replaced events given back right"
     )
     console.print(f"model {bundle.fingerprint[:12]} written to {out}; next: python -m calibration --normal FILE")
+
+
+def _read(arguments: Namespace, rules: LineRules) -> tuple[list[Session], dict[str, str], LineFormat | None]:
+    """Return the normal sessions, texts of their event ids, and, from raw logs, what the model is to know of lines."""
+    begin, end = (
+        milliseconds_of(option, text) for option, text in (("--from", arguments.begin), ("--to", arguments.end))
+    )
+    raw = [path for path in arguments.normal if is_raw(path, rules)]
+    if raw and len(raw) < len(arguments.normal):
+        raise UserError("raw log lines and files of events cannot be trained on together: their event ids differ")
+    if raw:
+        mined = mine(raw, rules, labels=arguments.labels, begin=begin, end=end)
+        for note in mined.notes:
+            console.print(note)
+        outside = f", {mined.outside:,} not as a whole in the time range" if mined.outside else ""
+        console.print(f"{len(mined.sessions):,} normal blocks, {mined.left_out:,} anomalous ones left out{outside}")
+        return mined.sessions, mined.texts, mined.lines
+    if arguments.labels or begin is not None or end is not None:
+        raise UserError(
+            "--labels, --from and --to belong to raw log lines, and events.block_pattern finds no block here"
+        )
+    normal = read_normal(arguments.normal)
+    for line in normal.files:
+        console.print(line)
+    console.print(f"{len(normal.sessions):,} normal sessions, {normal.left_out:,} anomalous ones left out")
+    if not normal.sessions:
+        raise UserError("no normal session is left to train on; give files with healthy sessions")
+    return normal.sessions, _templates(arguments.templates, arguments.normal[0]), None
 
 
 def _templates(named: Path | None, first: Path) -> dict[str, str]:

@@ -9,10 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from msgspec import MsgspecError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.errors import UserError
+from model.lines import LineFormat
 from model.network import Autoencoder, Shape
 from model.vocabulary import Vocabulary
 
@@ -24,11 +27,15 @@ _WEIGHTS, _FACTS = "weights.safetensors", "model.json"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A network with the vocabulary it speaks. `training` holds facts for people; nothing depends on them."""
+    """A network with the vocabulary it speaks. `training` holds facts for people; nothing depends on them.
+
+    `lines` says how raw log lines become events of the vocabulary; None if the model was trained on events.
+    """
 
     network: Autoencoder
     vocabulary: Vocabulary
     training: Mapping[str, Any] = field(default_factory=dict)
+    lines: LineFormat | None = None
 
     @property
     def window(self) -> int:
@@ -37,9 +44,11 @@ class Bundle:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all that a score depends on: weights, their shapes, vocabulary, hyper-parameters."""
+        """SHA-256 over all that a score depends on: weights, their shapes, vocabulary, hyper-parameters, lines."""
         digest = hashlib.sha256()
         digest.update(json.dumps([asdict(self.network.shape), self.vocabulary.events]).encode())
+        if self.lines is not None:
+            digest.update(msgspec.json.encode(self.lines))
         for name, weight in sorted(self.network.state_dict().items()):
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().numpy().tobytes())
@@ -68,6 +77,7 @@ class Bundle:
             "events": self.vocabulary.events,
             "templates": dict(self.vocabulary.templates),
             "training": dict(self.training),
+            "lines": msgspec.to_builtins(self.lines),
         }
         fresh, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
         try:
@@ -100,11 +110,12 @@ class Bundle:
             network = Autoencoder(Shape(**facts["shape"]))
             network.load_state_dict(load_file(folder / _WEIGHTS))
             vocabulary = Vocabulary(tuple(facts["events"]), facts["templates"])
-            bundle = cls(network.eval(), vocabulary, facts["training"])
+            lines = msgspec.convert(facts.get("lines"), LineFormat | None)
+            bundle = cls(network.eval(), vocabulary, facts["training"], lines)
             intact = bundle.fingerprint == facts["fingerprint"]
         except FileNotFoundError:
             raise UserError(f"{folder}: no model bundle there; {again}") from None
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, MsgspecError):
             raise UserError(f"{folder}: the model bundle is damaged; {again}") from None
         if not intact:
             raise UserError(f"{folder}: the bundle's fingerprint does not match its contents; {again}")

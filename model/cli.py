@@ -4,12 +4,15 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from model.errors import UserError
+
+_LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
 
 console = Console(highlight=False)
 """Standard output for people: tables, progress bars, results."""
@@ -54,3 +57,24 @@ def progress_bar(what: str, total: int, unit: str = "") -> Iterator[Callable[[in
     ) as progress:
         task = progress.add_task(what, total=total)
         yield lambda steps: progress.advance(task, steps)
+
+
+def milliseconds_of(option: str, text: str | None) -> int | None:
+    """Return the time that an option names in milliseconds since 1970, None if it was not given.
+
+    Raises:
+        UserError: the text is no time.
+    """
+    if text is None:
+        return None
+    try:
+        if text.isdecimal():
+            time_ms = int(text)
+        else:
+            moment = datetime.fromisoformat(text)
+            time_ms = round(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() * 1000)
+    except ValueError:
+        time_ms = -1
+    if not 0 <= time_ms <= _LATEST:
+        raise UserError(f"{option} {text}: write a time like 2008-11-10T06:00 (UTC) or milliseconds since 1970")
+    return time_ms

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model.errors import UserError
 
@@ -85,12 +85,86 @@ class TrainingSettings(Section):
         return self
 
 
+def _compiled(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+
+
+def _with_one_group(text: str) -> str:
+    if _compiled(text).groups > 1:
+        raise ValueError("should have at most one group in round brackets; write (?:…) for the others")
+    return text
+
+
+def _over_shape(text: str) -> str:
+    _compiled(text)
+    if _COUNTED_DIGITS.search(text) or re.search("[1-9]", _NO_DIGITS.sub("", text)):
+        raise ValueError("asks for certain digits, but here every number of a line has become a single 0; write \\d+")
+    return text
+
+
+_COUNTED_DIGITS = re.compile(r"(?:\\[dw]|\[[^\]]*(?:0-9|\\[dw])[^\]]*\])\{(?:[2-9]|\d\d)")
+_NO_DIGITS = re.compile(r"\\[xuU][0-9A-Fa-f]+|\\\d|0-9|\{[\d,]*\}")  # digits in a pattern that are none in a line
+
+Extract = Annotated[str, AfterValidator(_with_one_group)]
+"""A regular expression whose group, where it has one, else all that it matches, is what is looked for in a line."""
+
+OverShape = Annotated[str, AfterValidator(_over_shape)]
+"""A regular expression for a line in which every number has become 0."""
+
+MaskName = Annotated[str, Field(pattern=r"^[A-Z][A-Z_]{0,31}$")]
+
+STAMPS = ("iso", "ms", "s")
+"""Values of `events.timestamp_format` that are no strptime format: ISO 8601, and numbers since 1970."""
+
+
+class EventSettings(Section):
+    """`events:` — the names of an event's fields, or how to cut a raw log line."""
+
+    format: Literal["json", "text"] = "json"
+    block_id: str = Field(default="block_id", min_length=1)
+    event_id: str = Field(default="event_id", min_length=1)
+    timestamp: str = Field(default="timestamp", min_length=1)
+    block_pattern: Extract = r"blk_-?\d+"
+    timestamp_pattern: Extract | None = r"^\d{6} \d{6}"
+    timestamp_format: str = "%y%m%d %H%M%S"
+    message_pattern: OverShape | None = r"^\d+ \d+ \d+ \w+ \S+: "
+    masks: dict[MaskName, OverShape] = {
+        "ID": r"(?i)\b[0-9a-f]+(?:-[0-9a-f]+){4}\b",
+        "ADDRESS": r"/?\b\d+\.\d+\.\d+\.\d+(?::\d+)?\b|(?i:(?<![\w:])(?:[0-9a-f]*:){3,}[0-9a-f]*(?![\w:]))",
+        "PATH": r"\w+://[^\s,;]+|(?<![\w/])(?:/[\w.$<>@+~-]+){2,}/?",
+        "HEX": r"(?i)\b(?:0x[0-9a-f]+|(?:[a-f]+\d[a-f]+|\d[a-f]+\d)[0-9a-f]*)\b",
+        "DURATION": r"\b\d+(?:\.\d+)? ?(?:[munµ]?s|sec(?:ond)?s?|milli(?:s|seconds?)|min(?:ute)?s?|hours?|days?)\b",
+        "NUMBER": r"(?:(?<!\S)[-+])?\d+(?:\.\d+)*",
+    }
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "EventSettings":
+        if len({self.block_id, self.event_id, self.timestamp}) < 3:
+            raise ValueError("block_id, event_id and timestamp should name three different fields")
+        return self
+
+    @model_validator(mode="after")
+    def _lines_can_be_cut(self) -> "EventSettings":
+        if re.search(self.block_pattern, ""):
+            raise ValueError("block_pattern should not match where there is nothing; write + where it says *")
+        if self.timestamp_format not in STAMPS and not re.search("%[YyGcDx]", self.timestamp_format):
+            raise ValueError(
+                "timestamp_format should name the year (%Y or %y), or be iso, ms or s; for lines without a year set "
+                "timestamp_pattern to null, which takes the time of the Kafka message"
+            )
+        return self
+
+
 class TrainingJob(BaseModel):
     """The part of config.yaml that `python -m model` reads; the rest belongs to the stream."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, hide_input_in_errors=True)
 
     device: Device = "auto"
+    events: EventSettings = EventSettings()
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
 

@@ -1,29 +1,21 @@
 """Session files: which events each block had, and whether it was healthy. The format is told by the content."""
 
 import csv
-import gzip
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from io import BufferedReader, TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from sys import intern
-from typing import IO, cast
+from typing import IO
 
 import msgspec
 
+from model import rawlog
 from model.errors import UserError
-
-FORMATS = (
-    'session JSONL ({"block_id": …, "events": […]} a line), '
-    "event CSV (columns timestamp, block_id, event_id), "
-    "Loghub's Event_traces.csv (columns BlockId, Features)"
-)
-"""What can be read, for people."""
+from model.files import FORMATS, opened
+from model.lines import LineFormat, LineReader
 
 _JSONL = "session JSONL"
 _LABEL_FILES = ("anomaly_label.csv", "labels.csv")
@@ -99,18 +91,20 @@ class _Line(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(_Line).decode
 
 
-def read_sessions(path: Path) -> SessionFile:
-    """Read the sessions of a file, plain or gzip.
+def read_sessions(path: Path, lines: LineFormat | None = None) -> SessionFile:
+    """Read the sessions of a file, plain or gzip; raw log lines with what a model trained on such knows of them.
 
     Raises:
         UserError: the file cannot be read or understood; the message names the line.
     """
-    kind, sessions, span = _parse(path)
+    kind, sessions, span = _parse(path, lines)
     return replace(_labelled(path, kind, sessions), span=span)
 
 
-def read_normal(paths: Sequence[Path]) -> NormalSessions:
+def read_normal(paths: Sequence[Path], lines: LineFormat | None = None) -> NormalSessions:
     """Read several files and leave out what a label calls anomalous; sessions without label count as normal.
+
+    `lines` is as for `read_sessions`.
 
     Raises:
         UserError: as `read_sessions`.
@@ -120,7 +114,7 @@ def read_normal(paths: Sequence[Path]) -> NormalSessions:
     spans = []
     left_out = 0
     for path in paths:
-        file = read_sessions(path)
+        file = read_sessions(path, lines)
         kept = [session for session in file.sessions if not session.anomalous]
         left_out += len(file.sessions) - len(kept)
         normal.extend(kept)
@@ -139,7 +133,7 @@ def read_events(path: Path) -> Iterator[Event]:
     Raises:
         UserError: as `read_sessions`.
     """
-    with _opened(path) as lines:
+    with opened(path) as lines:
         first, rest = _begin(path, lines)
         if not first.startswith("{"):
             header, rows = _table(path, rest)
@@ -147,7 +141,7 @@ def read_events(path: Path) -> Iterator[Event]:
                 for event in _csv_events(path, header, rows):
                     yield Event(*event)
                 return
-    yield from _interleaved(_parse(path)[1])
+    yield from _interleaved(_parse(path, None)[1])
 
 
 def read_templates(path: Path) -> dict[str, str]:
@@ -156,7 +150,7 @@ def read_templates(path: Path) -> dict[str, str]:
     Raises:
         UserError: the file cannot be read or lacks a column.
     """
-    with _opened(path) as lines:
+    with opened(path) as lines:
         header, rows = _table(path, _begin(path, lines)[1])
         event, template = (_column(path, header, name) for name in ("event_id", "template"))
         return {row[event]: row[template] for _, row in rows}
@@ -168,15 +162,19 @@ def read_labels(path: Path) -> dict[str, bool]:
     Raises:
         UserError: the file cannot be read, lacks a column or uses an unknown label.
     """
-    with _opened(path) as lines:
+    with opened(path) as lines:
         header, rows = _table(path, _begin(path, lines)[1])
         block, label = (_column(path, header, name) for name in ("BlockId", "Label"))
         return {row[block]: _anomalous(path, number, row[label]) for number, row in rows}
 
 
-def _parse(path: Path) -> tuple[str, list[Session], tuple[int, int] | None]:
+def _parse(path: Path, lines_format: LineFormat | None) -> tuple[str, list[Session], tuple[int, int] | None]:
     """Return what the file is, for people, the sessions as it tells them, and the time that they span."""
-    with _opened(path) as lines:
+    if lines_format is not None and rawlog.is_raw(path, lines_format.rules):
+        reader = LineReader(lines_format)
+        found, span = rawlog.sessions(rawlog.read(path, reader.read))
+        return rawlog.KIND, [Session(block, tuple(map(intern, ids))) for block, ids in found.items()], span
+    with opened(path) as lines:
         first, rest = _begin(path, lines)
         if first.startswith("{"):
             return _JSONL, [_session(path, number, line) for number, line in enumerate(rest, 1) if line.strip()], None
@@ -189,6 +187,12 @@ def _parse(path: Path) -> tuple[str, list[Session], tuple[int, int] | None]:
             begin, end = min(begin, time), max(end, time)
             events.setdefault(block, []).append(intern(event))
         return "event CSV", [Session(block, tuple(ids)) for block, ids in events.items()], (begin, end)
+
+
+def labels_beside(path: Path) -> Path | None:
+    """Return the label file in a file's folder, if there is one."""
+    named = (path.with_name(name) for name in _LABEL_FILES)
+    return next((beside for beside in named if beside.is_file() and beside != path), None)
 
 
 def _session(path: Path, number: int, line: str) -> Session:
@@ -259,17 +263,16 @@ def _labelled(path: Path, kind: str, sessions: list[Session]) -> SessionFile:
     """Take missing labels from a label file beside the sessions, if there is one that knows these blocks."""
     if kind == _JSONL or any(session.anomalous is not None for session in sessions):
         return SessionFile(path, kind, sessions, None)
-    for name in _LABEL_FILES:
-        beside = path.with_name(name)
-        if beside.is_file() and beside != path:
-            labels = read_labels(beside)
-            known = Counter(session.block_id in labels for session in sessions)
-            if not known[True]:
-                raise UserError(f"{beside}: labels none of the {len(sessions):,} blocks of {path.name}; move it away "
-                                "or give the right one")  # fmt: skip
-            labelled = [Session(item.block_id, item.events, labels.get(item.block_id)) for item in sessions]
-            return SessionFile(path, kind, labelled, beside)
-    return SessionFile(path, kind, sessions, None)
+    beside = labels_beside(path)
+    if beside is None:
+        return SessionFile(path, kind, sessions, None)
+    labels = read_labels(beside)
+    known = Counter(session.block_id in labels for session in sessions)
+    if not known[True]:
+        raise UserError(f"{beside}: labels none of the {len(sessions):,} blocks of {path.name}; move it away "
+                        "or give the right one")  # fmt: skip
+    labelled = [Session(item.block_id, item.events, labels.get(item.block_id)) for item in sessions]
+    return SessionFile(path, kind, labelled, beside)
 
 
 def _anomalous(path: Path, number: int, label: str) -> bool:
@@ -279,22 +282,6 @@ def _anomalous(path: Path, number: int, label: str) -> bool:
         raise UserError(
             f"{path}, line {number}: unknown label {label[:40]!r}; write Normal or Anomaly (or Success or Fail)"
         ) from None
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    """Open a text file, unpacked if it is gzip, and turn every way in which reading fails into a sentence."""
-    try:
-        with path.open("rb") as raw:
-            packed = raw.peek(2)[:2] == b"\x1f\x8b"
-            binary = cast("BufferedReader", gzip.GzipFile(fileobj=raw) if packed else raw)
-            yield TextIOWrapper(binary, encoding="utf-8-sig", newline="")
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise UserError(f"{path}: the gzip file is damaged or cut short; fetch it again") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text; understood are {FORMATS}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its name") from None
 
 
 def _begin(path: Path, lines: IO[str]) -> tuple[str, Iterator[str]]:

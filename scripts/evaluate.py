@@ -78,8 +78,8 @@ def main() -> None:
     settings = load_settings(arguments.config)
     artifacts = Artifacts.load(settings)
     bundle, threshold = artifacts.bundle, artifacts.threshold
-    normal = read_normal(arguments.normal).sessions
-    anomalous = [session for path in arguments.anomalous for session in read_sessions(path).sessions
+    normal = read_normal(arguments.normal, bundle.lines).sessions
+    anomalous = [session for path in arguments.anomalous for session in read_sessions(path, bundle.lines).sessions
                  if session.anomalous is not False]  # fmt: skip
     for sessions, option in ((normal, "--normal"), (anomalous, "--anomalous")):
         if not sessions:
@@ -88,7 +88,9 @@ def main() -> None:
     scorer = Scorer(bundle, threshold.strategy, choose(settings.device))
     result = evaluate(normal, anomalous, scorer, threshold, arguments.prior)
     if arguments.training:
-        training, held_out = (read_normal(files).sessions for files in (arguments.training, arguments.calibration))
+        training, held_out = (
+            read_normal(files, bundle.lines).sessions for files in (arguments.training, arguments.calibration)
+        )
         result["delay"]["limit"] = delay_limit([*training, *held_out, *normal], anomalous)
         result["baseline"] = baselines(training, held_out, normal, anomalous, arguments.prior)
         result["strategies"] = strategies(held_out, normal, anomalous, scorer, threshold.every, arguments.prior)

@@ -7,21 +7,36 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from consumer.clients import client
-from consumer.settings import EventSettings, Settings, load_settings
+from consumer.settings import Settings, load_settings
 from consumer.topics import TopicSpec, ensure_topics
 from model.cli import argument_parser, console, run
+from model.config import EventSettings
 from model.errors import UserError
+from model.lines import LineCutter, LineRules
+from model.rawlog import is_raw, texts
 from model.sessions import Event, read_events
 
 FLUSH_SECONDS = 60.0
 REPORT_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A raw log line; `timestamp` in milliseconds since 1970."""
+
+    timestamp: int
+    blocks: tuple[str, ...]
+    text: str
+
+
+TimedT = TypeVar("TimedT", bound=Event | Line)
 
 
 @dataclass
@@ -37,14 +52,20 @@ class Replayed:
 def main() -> None:
     """Play the file, showing progress, and say what was done."""
     parser = argument_parser("scripts.replay", "Play a session or event file into the log topic.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="event CSV, session JSONL or Event_traces.csv")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="event CSV, session JSONL, Event_traces.csv or raw lines"
+    )
     pace = parser.add_mutually_exclusive_group()
     pace.add_argument("--rate", type=float, metavar="N", help="events a second (default: as fast as Kafka takes them)")
     pace.add_argument("--speed", type=float, metavar="X", help="play timestamps at X times real time")
     parser.add_argument("--tombstones", action="store_true", help="end each block after its last event in the file")
-    parser.add_argument("--topic", metavar="T", help="play into this topic (default: topics.events)")
+    parser.add_argument(
+        "--topic",
+        metavar="T",
+        help="play into this topic (default: topics.events; topics.lines for raw lines if events.format is json)",
+    )
     keyed = parser.add_mutually_exclusive_group()
-    keyed.add_argument("--keyed", action="store_true", default=True, help="key = block id (default)")
+    keyed.add_argument("--keyed", action="store_true", default=True, help="key = block id, the first one (default)")
     keyed.add_argument("--unkeyed", dest="keyed", action="store_false", help="no key: blocks spread over partitions")
     arguments = parser.parse_args()
     settings = load_settings(arguments.config)
@@ -55,23 +76,34 @@ def main() -> None:
     if arguments.tombstones and not arguments.keyed:
         raise UserError("--tombstones needs keys: a tombstone names its block by its key; leave out --unkeyed")
 
-    topic = arguments.topic or settings.topics.events
+    rules = LineRules.of(settings.events)
+    raw = is_raw(arguments.file, rules)
+    topics = settings.topics
+    topic = arguments.topic or (topics.lines if raw and settings.events.format == "json" else topics.events)
+
+    def read() -> Iterator[Event | Line]:
+        return read_lines(arguments.file, rules) if raw else read_events(arguments.file)
+
+    unit = "lines" if raw else "events"
     ensure_topics(settings, [TopicSpec(topic)])
-    with console.status(f"counting the events of {arguments.file.name}"):
-        lasts = Counter(event.block_id for event in read_events(arguments.file))
+    with console.status(f"counting the {unit} of {arguments.file.name}"):
+        lasts, total = Counter[str](), 0
+        for item in read():
+            lasts.update(blocks_of(item))
+            total += 1
     started = time.monotonic()
     with Progress(
         TextColumn(f"replaying {arguments.file.name}"),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.completed:,} of {task.total:,} events"),
+        TextColumn("{task.completed:,} of {task.total:,} " + unit),
         TimeRemainingColumn(),
         console=console,
     ) as bar:
-        task = bar.add_task("", total=lasts.total())
+        task = bar.add_task("", total=total)
         done = replay(
             settings,
-            paced(read_events(arguments.file), rate=arguments.rate, speed=arguments.speed),
+            paced(read(), rate=arguments.rate, speed=arguments.speed),
             topic=topic,
             keyed=arguments.keyed,
             last_events=lasts if arguments.tombstones else None,
@@ -82,21 +114,40 @@ def main() -> None:
         raise _undelivered(done, topic)
     tombstones = f", {done.tombstones:,} tombstones" if done.tombstones else ""
     console.print(
-        f"{done.events:,} events of {len(lasts):,} blocks{tombstones} into {topic} "
-        f"in {seconds:.1f} s ({done.events / seconds:,.0f} events/s)"
+        f"{done.events:,} {unit} of {len(lasts):,} blocks{tombstones} into {topic} "
+        f"in {seconds:.1f} s ({done.events / seconds:,.0f} {unit}/s)"
     )
+
+
+def read_lines(path: Path, rules: LineRules) -> Iterator[Line]:
+    """Yield the lines of a raw log; one without a time is as old as the one before it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    cutter = LineCutter(rules)
+    last = 0
+    for text in texts(path):
+        time_ms = cutter.time(text)
+        last = last if time_ms is None else time_ms
+        yield Line(last, tuple(cutter.cut(text)[0]), text)
+
+
+def blocks_of(item: Event | Line) -> tuple[str, ...]:
+    """Return the blocks that an event or a line is of."""
+    return item.blocks if isinstance(item, Line) else (item.block_id,)
 
 
 def replay(
     settings: Settings,
-    events: Iterator[Event],
+    events: Iterator[Event | Line],
     *,
     topic: str | None = None,
     keyed: bool = True,
     last_events: Counter[str] | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> Replayed:
-    """Produce `events` in order, and wait until Kafka has them.
+    """Produce `events`, or lines, in order, and wait until Kafka has them.
 
     Args:
         settings: where Kafka is and what an event's fields are called.
@@ -115,13 +166,14 @@ def replay(
     reported = time.monotonic()
     with Sink(settings, topic or settings.topics.events, done) as sink:
         for event in events:
-            key = event.block_id.encode() if keyed else None
-            sink.produce(key, encode(event))
+            blocks = blocks_of(event)
+            value = event.text.encode() if isinstance(event, Line) else encode(event)
+            sink.produce(blocks[0].encode() if keyed and blocks else None, value)
             done.events += 1
-            if last_events is not None:
-                left[event.block_id] -= 1
-                if left[event.block_id] == 0:
-                    sink.produce(key, None)
+            for block in blocks if last_events is not None else ():
+                left[block] -= 1
+                if left[block] == 0:
+                    sink.produce(block.encode(), None)
                     done.tombstones += 1
             if time.monotonic() - reported > REPORT_SECONDS:
                 report(done.events)
@@ -207,13 +259,13 @@ def endless(events: Sequence[Event]) -> Iterator[Event]:
 
 
 def paced(
-    events: Iterator[Event],
+    events: Iterator[TimedT],
     *,
     rate: float | None = None,
     speed: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[Event]:
+) -> Iterator[TimedT]:
     """Yield events no sooner than `rate` a second, or than their timestamps at `speed` times real time."""
     start = clock()
     first: int | None = None

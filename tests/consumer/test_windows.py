@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consumer.events import TOMBSTONE, EventBatch
+from consumer.names import Names
 from consumer.records import StoredSessions, vocabulary_id
 from consumer.windows import MAX_LOOKS, WindowStore
 from model.vocabulary import BOS, END, PAD, UNK, Vocabulary
@@ -138,6 +139,20 @@ def test_the_names_of_unknown_events_in_the_window_are_known(events, cuts):
                     assert token != UNK or names[int(offset)] == f"name {offset}"
     for slot in store.unsaved().tolist():
         assert len(store.unknown(slot)) <= WINDOW, "names of events that left the window are forgotten"
+
+
+def test_blocks_that_opened_are_told():
+    store = WindowStore(window=WINDOW, every=2, idle_timeout=IDLE)
+
+    def opened(blocks, tokens, begin):
+        for _ in store.apply(EventBatch.of(blocks, tokens, [0] * len(blocks), range(begin, begin + len(blocks)))):
+            pass
+        return list(store.opened)
+
+    assert opened("ABA", [4, 4, 4], 0) == [b"A", b"B"]
+    assert opened("ACCA", [4, 4, TOMBSTONE, TOMBSTONE], 3) == [], "C is over already"
+    assert opened("AB", [4, 4], 7) == [b"A"]
+    assert store.are_open(Names.of([b"A", b"B", b"C", b"D"])).tolist() == [True, True, False, False]
 
 
 @settings(max_examples=100, deadline=None)

@@ -82,6 +82,7 @@ class Line:
                 "producer": {"transaction.timeout.ms": 5000},
             },
             "topics": {
+                "lines": f"{self.name}-lines",
                 "events": f"{self.name}-events",
                 "alerts": f"{self.name}-alerts",
                 "dead_letters": f"{self.name}-dead",
@@ -163,10 +164,10 @@ class Line:
         consumer.close()
         return sorted(messages, key=lambda message: (message.partition(), message.offset()))
 
-    def lag(self):
+    def lag(self, topic=None, group=None):
         """Return how many input messages the group has not committed."""
-        topic = self.settings.topics.events
-        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": self.name, "log_level": 0})
+        topic = topic or self.settings.topics.events
+        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": group or self.name, "log_level": 0})
         try:
             partitions = [
                 TopicPartition(topic, number)

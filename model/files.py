@@ -1,0 +1,40 @@
+"""Opens the files that people give: plain or gzip."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader, TextIOWrapper
+from pathlib import Path
+from typing import IO, cast
+
+from model.errors import UserError
+
+FORMATS = (
+    'session JSONL ({"block_id": …, "events": […]} a line), '
+    "event CSV (columns timestamp, block_id, event_id), "
+    "Loghub's Event_traces.csv (columns BlockId, Features), raw log lines for a model trained on such"
+)
+"""What can be read, for people."""
+
+
+@contextmanager
+def opened(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
+    """Open a text file, unpacked if it is gzip, and turn every way in which reading fails into a sentence.
+
+    `errors` says what is done about bytes that are not UTF-8, as for `open`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as raw:
+            packed = raw.peek(2)[:2] == b"\x1f\x8b"
+            binary = cast("BufferedReader", gzip.GzipFile(fileobj=raw) if packed else raw)
+            yield TextIOWrapper(binary, encoding="utf-8-sig", errors=errors, newline="")
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise UserError(f"{path}: the gzip file is damaged or cut short; fetch it again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; understood are {FORMATS}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its name") from None

@@ -1,0 +1,179 @@
+"""Raw lines: cut by rules, matched from memory as by the plain way."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumer.events import MAX_ID_BYTES
+from model.config import EventSettings
+from model.lines import MAX_NAME_BYTES, LineCutter, LineFormat, LineReader, LineRules
+from model.rawlog import texts
+from model.templates import ANY, Matcher, event_id, learn
+
+RULES = LineRules.of(EventSettings())
+HEAD = "081109 203615 148 INFO dfs.DataNode$DataXceiver: "
+
+
+def plainly(rules, templates, text):
+    """The oracle: no memory, no index, one step after the other."""
+    blocks = [match[match.re.groups] for match in re.finditer(rules.block_pattern, text)]
+    shape = re.sub(rules.block_pattern, lambda m: m[0].replace(m[m.re.groups], "<BLOCK>"), text)
+    line = re.sub("[0-9]+", "0", shape[:4096])
+    if rules.message_pattern and (front := re.search(rules.message_pattern, line)):
+        line = line[front.end() :]
+    for name, pattern in rules.masks:
+        line = re.sub(pattern, f"<{name}>", line)
+    line, longer = " ".join(line.split()), None
+    while line != longer:  # of a list of variables one is left
+        longer, line = line, re.sub(r"(?<!\w)(<[A-Z_]+>)[,;]? \1(?=[\s,;\])}]|$)", r"\1", line)
+    words = line.split()
+    fitting = []
+    for place, template in enumerate(templates):
+        parts = template.split()
+        if len(parts) == len(words) and all(part in (ANY, word) for part, word in zip(parts, words, strict=True)):
+            fitting.append((parts.count(ANY), place))
+    return list(dict.fromkeys(blocks)), event_id(templates[min(fitting)[1]]) if fitting else None
+
+
+def masked(message, rules=RULES):
+    cutter = LineCutter(rules)
+    return cutter.masked(cutter.cut(message)[1])
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        (HEAD + "Receiving block blk_-7 src: /10.0.0.1:500 dest: /10.0.0.2:50010",
+         "Receiving block <BLOCK> src: <ADDRESS> dest: <ADDRESS>"),
+        ("of size 67108864 at 3.5 and -4", "of size <NUMBER> at <NUMBER> and <NUMBER>"),
+        ("file /mnt/data/sub7/blk_5 gone", "file <PATH> gone"),
+        ("GET http://a.b/c?d=1 took 15 ms or 2.5s", "GET <PATH> took <DURATION> or <DURATION>"),
+        ("after 120000 millis", "after <DURATION>"),
+        ("nodes [10.0.0.1:5, 10.0.0.2:5] part7 8", "nodes [<ADDRESS>] part<NUMBER> <NUMBER>"),
+        ("id 3f2504e0-4f89-11d3-9a0c-0305e82c3301 at 0x7ffe12 sha 9fceb02d0ae598e9", "id <ID> at <HEX> sha <HEX>"),
+        ("peer fe80:0:0:0:1:2:3:4 up", "peer <ADDRESS> up"),
+        ("delete blk_1 blk_2 blk_-3", "delete <BLOCK>"),
+        ("to 10.0.0.1:5, 10.0.0.2:5, 10.0.0.3:5 done", "to <ADDRESS> done"),
+        ("at 10.0.0.1:5 10.0.0.2:5:Got it", "at <ADDRESS> <ADDRESS>:Got it"),
+        ("facade bead add 12 workers", "facade bead add <NUMBER> workers"),
+    ],
+)  # fmt: skip
+def test_variables_become_their_names(message, wanted):
+    assert masked(message) == wanted
+
+
+def test_own_masks_come_in_their_order():
+    settings = EventSettings(masks={"USER": r"user \w+", "NUMBER": r"\d+"}, message_pattern=None)
+    assert masked("user alice7 blk_1 paid 3", LineRules.of(settings)) == "<USER> <BLOCK> paid <NUMBER>"
+
+
+def test_a_line_is_an_event_of_each_block_that_it_names_once():
+    cutter = LineCutter(RULES)
+    assert list(cutter.cut("delete blk_1 blk_12 blk_1 blk_-3")[0]) == ["blk_1", "blk_12", "blk_-3"]
+    assert list(cutter.cut("no block here")[0]) == []
+    group = LineCutter(LineRules.of(EventSettings(block_pattern=r"req=(\w*)")))
+    assert list(group.cut("req=a1 req= req=b req=a1")[0]) == ["a1", "b"]
+    assert group.masked(group.cut("x req=a1 y")[1]) == "x req=<BLOCK> y"
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern", "text", "wanted"),
+    [
+        ("%y%m%d %H%M%S", r"^\d{6} \d{6}", "081109 203530 148 INFO", 1226262930000),
+        ("%y%m%d %H%M%S", r"^\d{6} \d{6}", "691109 203530 148 INFO", None),  # 1969
+        ("%y%m%d %H%M%S", r"^\d{6} \d{6}", "081399 203530 148 INFO", None),
+        ("%y%m%d %H%M%S", r"^\d{6} \d{6}", "java.io.IOException", None),
+        ("%Y/%m/%d-%H:%M:%S", r"\[([^]]+)\]", "x [2008/11/09-20:35:30] y", 1226262930000),
+        ("%d/%b/%Y:%H:%M:%S %z", r"\[([^]]+)\]", "x [09/Nov/2008:21:35:30 +0100] y", 1226262930000),
+        ("iso", r"^\S+ \S+", "2008-11-09 20:35:30,250 WARN", 1226262930250),
+        ("ms", r"^\d+", "1226262930250 x", 1226262930250),
+        ("s", r"^[\d.]+", "1226262930.25 x", 1226262930250),
+        ("s", r"^\d+", "9" * 30, None),
+        ("iso", None, "2008-11-09T20:35:30Z", None),
+    ],
+)
+def test_a_line_says_when_it_was_written(form, pattern, text, wanted):
+    cutter = LineCutter(LineRules.of(EventSettings(timestamp_format=form, timestamp_pattern=pattern)))
+    assert cutter.time(text) == wanted
+
+
+def test_a_line_of_no_template_stands_for_itself_within_bounds():
+    assert MAX_NAME_BYTES <= MAX_ID_BYTES
+    reader = LineReader(LineFormat(RULES, ("start <BLOCK>",)))
+    assert reader.read("  start blk_1") == (["blk_1"], event_id("start <BLOCK>"), None)
+    assert reader.read("\tkaputt blk_1 \r") == (["blk_1"], "kaputt blk_1", None)
+    event = reader.read("blk_1 " + "ü" * 10_000)[1]
+    assert event.startswith("blk_1 üü")
+    assert MAX_NAME_BYTES - 2 < len(event.encode()) <= MAX_NAME_BYTES
+
+
+def test_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr("model.lines._CACHE_BYTES", 10_000)
+    reader = LineReader(LineFormat(RULES, ("start <BLOCK> of <*>",)))
+    for number in range(500):
+        word = "".join(chr(ord("g") + int(digit)) for digit in str(number))
+        assert reader.read(f"start blk_{number} of {word}")[1] == event_id("start <BLOCK> of <*>")
+        assert len(reader._by_shape) < 50
+
+
+WORDS = st.sampled_from(
+    ["start", "stop", "blk_1", "blk_-22", "blk_1,", "10.0.0.1:80", "10.0.0.12:8080,", "/a/b/c7", "7", "1234", "0x1f",
+     "12ms", "[1.2.3.4", "5.6.7.8]",
+     "3 s", "x9", "00", "<*>", "<BLOCK>", "ü", "٣", ":", "\t"]
+)  # fmt: skip
+LINES = st.lists(WORDS, max_size=8).map(" ".join)
+
+
+@given(st.lists(LINES, max_size=12), st.lists(LINES, min_size=1, max_size=20))
+def test_from_memory_as_by_the_plain_way(training, lines):
+    cutter = LineCutter(RULES)
+    templates = learn(cutter.masked(cutter.cut(line)[1]) for line in training)
+    reader = LineReader(LineFormat(RULES, templates))
+    many = [*lines, *training, *lines]
+    together = zip(*LineReader(LineFormat(RULES, templates)).read_all(many), strict=True)
+    assert [line for line in together if line[0]] == [line for line in map(reader.read, many) if line[0]]
+    for line in many:
+        blocks, event, _ = reader.read(line)
+        wanted_blocks, wanted = plainly(RULES, templates, line)
+        assert list(blocks) == wanted_blocks
+        if blocks:
+            assert event == (line.strip() if wanted is None else wanted)
+
+
+@given(st.lists(LINES, min_size=1, max_size=15))
+def test_every_line_that_was_learned_from_matches(lines):
+    cutter = LineCutter(RULES)
+    shapes = [cutter.masked(cutter.cut(line)[1]) for line in lines]
+    matcher = Matcher(learn(shapes))
+    assert None not in map(matcher.match, shapes)
+
+
+def test_the_most_exact_template_matches():
+    matcher = Matcher(["<*> b <*>", "a b <*>", "a b c", "a b <*> d"])
+    assert [matcher.match(line) for line in ("a b c", "a b x", "x b x", "a b x d", "x y z", "")] == [
+        event_id("a b c"), event_id("a b <*>"), event_id("<*> b <*>"), event_id("a b <*> d"), None, None,
+    ]  # fmt: skip
+
+
+REAL = Path(os.environ.get("LOG_DATA", "../shared/data")) / "hdfs" / "replay" / "raw.log.gz"
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not REAL.exists(), reason="no real logs here: name their folder in LOG_DATA")
+def test_real_lines_from_memory_as_by_the_plain_way():
+    lines = [line for line, _ in zip(texts(REAL), range(30_000), strict=False)][::7]
+    cutter = LineCutter(RULES)
+    templates = learn(cutter.masked(cutter.cut(line)[1]) for line in lines[:500])
+    reader = LineReader(LineFormat(RULES, templates))
+    unmatched = 0
+    for line in lines:
+        blocks, wanted = plainly(RULES, templates, line)
+        found, event, time = reader.read(line)
+        assert (list(found), event) == (blocks, line.strip() if wanted is None else wanted)
+        assert time is not None
+        unmatched += wanted is None
+    assert 0 < unmatched < len(lines) / 2
