@@ -5,7 +5,8 @@ as (feature, token) arrays, so that a linear layer is one matrix product for all
 side by side, token by token: the key that is r places further on is then, for all their tokens, the column a fixed
 distance away, and attention is long plain loops, too. What a trained network no longer needs is gone: gains and
 shifts of the normalisations and the scale of attention are folded into the weights behind them, the keys' bias
-cancels in the softmax, and the values' bias passes through it.
+cancels in the softmax, and the values' bias passes through it. The first layer's queries, keys and values depend on
+a token and its place only, and come from a table.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,9 @@ _STRIP = 256
 _LOGITS = 2**22
 """Numbers in a tile's output: a large vocabulary makes smaller tiles, not larger memory."""
 
+_ENTRIES = 2**14
+"""Pairs of a token and a place up to which the first layer's queries, keys and values are looked up in a table."""
+
 _ALIGNED = 8
 """Windows of a large group are a multiple of this, so that its columns begin where vector registers load fastest."""
 
@@ -55,6 +59,7 @@ class Weights(NamedTuple):
 
     token: Floats  # (D, V)
     position: Floats  # (D, P)
+    table: Floats  # (3 D, V P), the first layer's product with qkv for each token at each place; or (3 D, 0)
     qkv: Floats  # (layers, 3 D, D)
     query: Floats  # (layers, D), the bias
     out: Floats  # (layers, D, D)
@@ -112,8 +117,13 @@ def _folded(network: Autoencoder) -> Weights:
         up = up * own["norm_feedforward.weight"]
         down, down_bias = own["feedforward.2.weight"], own["feedforward.2.bias"]
         layers.append((qkv, bias[:width] * scale, out, out_bias, up, up_bias, down, down_bias))
-    token = state["token.weight"]
-    parts = [token.T, state["position.weight"].T, *map(np.stack, zip(*layers, strict=True))]
+    token, position = state["token.weight"], state["position.weight"]
+    table = np.empty((3 * width, 0))
+    if len(token) * len(position) <= _ENTRIES:
+        x = (token[:, None] + position).reshape(-1, width)  # (V P, D)
+        x -= x.mean(axis=1, keepdims=True)
+        table = layers[0][0] @ (x / np.sqrt(x.var(axis=1, keepdims=True) + float(_EPSILON))).T
+    parts = [token.T, position.T, table, *map(np.stack, zip(*layers, strict=True))]
     parts += [token * state["norm.weight"], state["bias"] + token @ state["norm.bias"]]
     return Weights(*(np.ascontiguousarray(part, np.float32) for part in parts))
 
@@ -186,6 +196,17 @@ def _add_and_normalise(x, change, bias, y, mean, scale):
     for d in range(width):
         for t in range(count):
             y[d, t] = (x[d, t] - mean[t]) * scale[t]
+
+
+@_compile
+def _look_up(table, tokens, places, positions, entries, qkv):
+    """Fill `qkv` (3 D, T) from the table (3 D, V P): what stands there depends on a token and its place only."""
+    rows, count = qkv.shape
+    for t in range(count):
+        entries[t] = tokens[t] * positions + places[t]
+    for row in range(rows):
+        for t in range(count):
+            qkv[row, t] = table[row, entries[t]]
 
 
 @_compile
@@ -265,7 +286,7 @@ def _forward(rows, lengths, share, weights, heads, tile, found):
     longest = lengths[share[-1]]
     room = max(longest, min(tile, longest * len(share)))
     tokens, places, owners = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-    groups = np.empty((2 * longest, 3), np.int64)
+    groups, entries = np.empty((2 * longest, 3), np.int64), np.empty(room, np.uint32)
     space = np.empty((6 * width + feedforward + len(weights.logits)) * room, _F)
     mean, scale = np.empty(room, _F), np.empty(room, _F)
     wide = room + _ALIGNED - room % _ALIGNED
@@ -293,8 +314,12 @@ def _forward(rows, lengths, share, weights, heads, tile, found):
                 x[d, t] = weights.token[d, tokens[t]]
                 change[d, t] = weights.position[d, places[t]]
         for layer in range(layers):
-            _add_and_normalise(x, change, bias, y, mean[:count], scale[:count])
-            np.dot(weights.qkv[layer], y, qkv)
+            if layer == 0 and weights.table.size:
+                _look_up(weights.table, tokens, places, weights.position.shape[1], entries, qkv)
+                x += change
+            else:
+                _add_and_normalise(x, change, bias, y, mean[:count], scale[:count])
+                np.dot(weights.qkv[layer], y, qkv)
             for group in groups[:together]:
                 _attend(qkv, weights.query[layer], group, heads, y, query, key, value, weight, highest, total)
             np.dot(weights.out[layer], y, change)

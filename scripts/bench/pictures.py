@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 _SMALLEST = 0.01
 
@@ -30,7 +30,7 @@ def _second(shares: dict[str, float]) -> Figure:
     large = {name: share for name, share in shares.items() if share >= _SMALLEST}
     rest = 1 - sum(large.values())
     pieces = {**large, "the rest": rest} if rest > _SMALLEST / 10 else large
-    figure = Figure(figsize=(9, 2.2 + 0.22 * len(pieces)), layout="constrained")
+    figure = Figure(figsize=(9, 2 + 0.09 * len(pieces)), layout="constrained")
     axes = figure.subplots()
     left = 0.0
     colours = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
@@ -38,7 +38,7 @@ def _second(shares: dict[str, float]) -> Figure:
         axes.barh([0], [share], left=left, color=colour, label=f"{name}  {share:.0%}")
         left += share
     axes.set(xlim=(0, 1), yticks=[], xlabel="seconds of one second at work", title="Where a second goes")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -56,6 +56,7 @@ def _curve(axes: Axes, what: str, curve: dict[int, float]) -> None:
     if max(curve) > 100:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xticks(list(curve))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
