@@ -127,18 +127,17 @@ def _cluster(settings: Settings) -> ClusterMetadata:
     heard: list[KafkaError] = []
     admin = _admin(settings, heard.append)
     began, patience = time.monotonic(), _patience(settings)
-    said = False
-    while True:
+    seconds, waited, said = _TRY_SECONDS, 0.0, False
+    while waited < patience:
         with suppress(KafkaException):
-            return admin.list_topics(timeout=min(_TRY_SECONDS, patience))
+            return admin.list_topics(timeout=min(seconds, patience - waited))
+        seconds *= 2  # a broker may be slower than one try, but a refusal is to be heard soon
         admin.poll(0.1)  # a pause in which the client tells its troubles
         for error in heard:
             if error.code() in _REFUSED:
                 raise UserError(f"kafka: {with_remedy(error)}")
         waited = time.monotonic() - began
-        if waited > patience:
-            break
-        if waited > _SAY_AFTER_SECONDS and not said:
+        if _SAY_AFTER_SECONDS < waited < patience and not said:
             said = True
             where = settings.kafka.bootstrap
             log.warning("no broker answers yet at %s: waiting %.0f s more", where, patience - waited)
