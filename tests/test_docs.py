@@ -1,7 +1,8 @@
 """What the documentation tells people to type can be typed: every command of every page.
 
 Blocks of shell are run by a real shell which finds no program, so that loops and variables become commands as they
-would; each is then given to the parser of the program that it names. Programs of others are held to what they name of ours.
+would; each is then given to the parser of the program that it names. Programs of others are held to what they name of
+ours.
 """
 
 import argparse
