@@ -3,8 +3,10 @@
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from pathlib import Path
 
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -17,6 +19,7 @@ from consumer.settings import Settings, load_settings
 from consumer.topics import require_topic
 from model.cli import argument_parser, console, errors, run
 from model.errors import UserError
+from model.sessions import read_labels
 from scripts.live import OTHER_COLOUR, SEVERITY_COLOURS, LiveAlerts
 
 _SHOWN = 200
@@ -31,6 +34,12 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="one alert a line, as published")
     parser.add_argument("--last", type=int, default=_SHOWN, metavar="N", help=f"rows in the table (default: {_SHOWN})")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="CSV with BlockId,Label: how many failing and healthy blocks alerted",
+    )
     arguments = parser.parse_args()
     settings = load_settings(arguments.config)
     try:
@@ -44,7 +53,9 @@ def _print(settings: Settings, arguments: Namespace) -> None:
         watch(settings)
         return
     values = read_alerts(settings, follow=arguments.follow)
-    if arguments.json:
+    if arguments.labels:
+        console.print(found(read_labels(arguments.labels), map(decode, values)))
+    elif arguments.json:
         for value in values:
             print(value.decode(), flush=arguments.follow)
     elif arguments.follow:
@@ -66,6 +77,23 @@ def _print(settings: Settings, arguments: Namespace) -> None:
         console.print(table)
         if len(alerts) > arguments.last:
             errors.print(f"the last {arguments.last:,} are shown; --last N shows more, --json all")
+
+
+def found(failing: Mapping[str, bool], alerts: Iterable[Alert]) -> Table:
+    """Count labelled blocks by their gravest alert."""
+    gravest: dict[str, Alert] = {}
+    for alert in alerts:
+        if alert.block_id in failing and alert.score >= gravest.get(alert.block_id, alert).score:
+            gravest[alert.block_id] = alert
+    by_severity = Counter((failing[block], alert.severity) for block, alert in gravest.items())
+    table = Table("", "failing blocks", "healthy blocks", title="labelled blocks by their gravest alert")
+    for severity in dict.fromkeys(alert.severity for alert in sorted(gravest.values(), key=lambda alert: -alert.score)):
+        table.add_row(severity, *(f"{by_severity[label, severity]:,}" for label in (True, False)))
+    alerted = Counter(failing[block] for block in gravest)
+    table.add_section()
+    blocks = Counter(failing.values())
+    table.add_row("any alert", *(f"{alerted[label]:,} of {blocks[label]:,}" for label in (True, False)))
+    return table
 
 
 class TopicReader:

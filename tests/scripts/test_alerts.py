@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from consumer.alerts import Alert
-from scripts.alerts import columns, one_line
+from scripts.alerts import columns, found, one_line
 from scripts.live import LiveAlerts
 
 ALERT = msgspec.convert(
@@ -81,3 +81,17 @@ def test_a_revision_takes_the_place_of_what_it_revises():
     assert len(rows) == 2
     assert "first (revision 2)" in rows[0]
     assert "second" in rows[1]
+
+
+def test_labelled_blocks_are_counted_once_by_their_gravest_alert():
+    said = [
+        ("a", "minor", 2.0),
+        ("a", "critical", 9.0),
+        ("b", "minor", 3.0),
+        ("c", "minor", 2.5),
+        ("unlabelled", "minor", 9.9),
+    ]
+    alerts = [msgspec.structs.replace(ALERT, block_id=block, severity=name, score=score) for block, name, score in said]
+    table = found({"a": True, "b": False, "c": True, "d": True, "e": False}, alerts)
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [("critical", "1", "0"), ("minor", "1", "1"), ("any alert", "2 of 3", "1 of 2")]
