@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
-from consumer.patience import Patience
+from consumer.patience import Patience, is_passing
 from consumer.records import CHECKPOINT, Checkpoint
 from consumer.restore import Restorer
 from consumer.settings import KafkaSettings
@@ -39,6 +39,16 @@ class Predecessor:
         getattr(self._producer, f"{how}_transaction")(10)
 
 
+def commits(consumer, offsets):
+    """Commit; say whether that worked: a broker that has just started has no coordinator yet."""
+    try:
+        return consumer.commit(offsets=offsets, asynchronous=False)
+    except KafkaException as error:
+        if not is_passing(error.args[0]):
+            raise
+        return False
+
+
 @pytest.fixture
 def group(line):
     """A consumer group that has committed offset 5 in all partitions; yields its line and a consumer of it."""
@@ -47,7 +57,8 @@ def group(line):
     made.produce([("A", b"{}", partition) for partition in range(3) for _ in range(9)])
     consumer = Consumer({"bootstrap.servers": made.bootstrap, "group.id": made.name, "log_level": 0})
     topic = made.settings.topics.events
-    consumer.commit(offsets=[TopicPartition(topic, partition, 5) for partition in range(3)], asynchronous=False)
+    offsets = [TopicPartition(topic, partition, 5) for partition in range(3)]
+    made.wait_for(lambda: commits(consumer, offsets), what="a coordinator")
     yield made, consumer
     consumer.close()
 
