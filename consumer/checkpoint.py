@@ -185,6 +185,8 @@ class Checkpointer:
             del self._gone[name]
             self._gone_before = max(0, self._gone_before - 1)
             yield BLOCK + name, None
+        if not self._gone:  # a session that was saved anew needs no deletion
+            self._gone_before = 0
 
     def _outdated_markers(self, offset: int) -> Iterator[Record]:
         """Delete markers that no replay from `offset` on will need, unless a newer record took their place."""

@@ -212,8 +212,7 @@ class StoredSessions:
         packed = Names.of(records.values())
         if (packed.size < HEAD.itemsize).any():
             raise DamagedRecordError("a session's record is cut off")
-        places = packed.begin[:, None] + np.arange(HEAD.itemsize)
-        heads = packed.data[places].view(HEAD).reshape(-1)  # (N,)
+        heads = _heads(packed)
         if (heads["version"] != VERSION).any():
             raise DamagedRecordError(f"record version {heads['version'].max()}, but this program reads {VERSION}")
         self._translations = translations
@@ -259,6 +258,16 @@ class StoredSessions:
             translation = self._translations.get(vocabulary.tobytes())
             if translation is not None:
                 yield np.flatnonzero(plain & (written_in == vocabulary)), translation.table
+
+
+def _heads(records: Names) -> NDArray[np.void]:
+    """Return the heads (N,) of records, some at a time: what says where their bytes are is larger than they."""
+    heads = np.empty(len(records), HEAD)
+    rows = heads.view(np.uint8).reshape(len(records), HEAD.itemsize)
+    for begin in range(0, len(records), 10_000):
+        some = slice(begin, begin + 10_000)
+        rows[some] = records.data[records.begin[some, None] + np.arange(HEAD.itemsize)]
+    return heads
 
 
 class Checkpoint(msgspec.Struct, frozen=True):

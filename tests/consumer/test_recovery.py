@@ -259,3 +259,21 @@ def test_deletions_are_spread_over_commits_and_a_checkpoint_waits_for_them(score
         complete.append(recover(machine.topic, scorer.bundle.vocabulary).checkpoint.offset == 11)
     assert left == [7, 4, 1, 0, 0]
     assert complete == [False, False, False, True, True]
+
+
+def test_a_checkpoint_does_not_wait_for_a_deletion_that_a_new_session_made_needless(
+    scorer, make_threshold, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "PER_COMMIT", 1)
+    events = [(name, "a", 0) for name in "XYZ"] + [(name, None, 0) for name in "XYZ"] + [("Z", "never seen", 0)]
+    machine = Machine(scorer, make_threshold(0.5), events, 100)
+    machine.read(3)
+    machine.commit(finish=True)
+    machine.read(3)
+    machine.commit(begin=True)  # deletes X only
+    machine.read(1)
+    machine.commit()  # deletes Y, and writes Z, which has alerted, anew
+    machine.commit()
+    found = recover(machine.topic, scorer.bundle.vocabulary)
+    assert found.checkpoint.offset == 6
+    assert list(found.sessions.states()) == ["Z"]
