@@ -20,6 +20,7 @@ from scripts.replay import endless
 
 _WARM_SECONDS = 3.0
 _PAUSE_SECONDS = 0.02
+_MEET_SECONDS = 2.0  # in which the clients of the measurement itself come to know their brokers
 
 
 def latency(stage: Stage, options: Namespace) -> dict[str, Any]:
@@ -76,4 +77,5 @@ def _probe(stage: Stage, settings: Settings, load: subprocess.Popen[bytes]) -> n
         if not lasts and time.monotonic() - max(sent.values()) > 60:
             raise UserError(f"{len(sent) - len(taken)} alerts did not come")
     reader.close()
-    return 1000 * np.array([taken[block] - at for block, at in sent.items()])
+    begin = min(sent.values()) + _MEET_SECONDS
+    return 1000 * np.array([taken[block] - at for block, at in sent.items() if at >= begin])

@@ -98,18 +98,29 @@ def _rate(stage: Stage, events: int, **changes: Any) -> float:
 
 
 def _scattered(stage: Stage, blocks: int, events: int) -> Iterator[Message]:
-    """Yield two events of each block, then `events` of random ones: each block goes on as a real one does."""
+    """Yield two events of each block, then `events` of random ones; one that is over makes room for another."""
     lives = sessions_of(stage)
     random = Random(1)
-    at = bytearray(blocks)  # events so far, 255 at most
+    at = bytearray(blocks)  # events so far
+    names = list(range(blocks))  # which block is in a place
 
-    def event(block: int) -> Event:
-        life = lives[block % len(lives)]
-        number, at[block] = at[block], min(255, at[block] + 1)
-        return Event(_START, f"open-{block}", life[number % len(life)])
+    def event(place: int) -> Event:
+        life = lives[names[place] % len(lives)]
+        at[place] += 1
+        return Event(_START, f"open-{names[place]}", life[at[place] - 1])
 
-    yield from stage.messages(event(block) for _ in range(2) for block in range(blocks))
-    yield from stage.messages(event(random.randrange(blocks)) for _ in range(events))
+    def more() -> Iterator[Message]:
+        last = blocks - 1
+        for _ in range(events):
+            place = random.randrange(blocks)
+            if at[place] == len(lives[names[place] % len(lives)]):
+                yield f"open-{names[place]}".encode(), None
+                last += 1
+                names[place], at[place] = last, 0
+            yield from stage.messages([event(place)])
+
+    yield from stage.messages(event(place) for _ in range(2) for place in range(blocks))
+    yield from more()
 
 
 def _crowded(stage: Stage, turns: int) -> Iterator[Message]:
@@ -124,8 +135,8 @@ def _crowded(stage: Stage, turns: int) -> Iterator[Message]:
 
 
 def sessions_of(stage: Stage) -> list[list[str]]:
-    """Return the event ids of each block of the traffic that has two events at least."""
+    """Return the event ids of the blocks of the traffic, those of one event and the very longest left out."""
     lives: dict[str, list[str]] = {}
     for event in stage.traffic:
         lives.setdefault(event.block_id, []).append(event.event_id)
-    return [life for life in lives.values() if len(life) > 1]
+    return [life for life in lives.values() if 1 < len(life) < 256]
