@@ -1,13 +1,11 @@
 """What the consumer serves: the numbers, read by Prometheus itself where it can be had, and the probes."""
 
 import json
-import shutil
 import subprocess
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +21,6 @@ from consumer.web import WebServer
 from model.errors import UserError
 from scripts.local_kafka import free_port
 
-CACHE = Path(__file__).parents[2] / ".cache" / "prometheus"
 STATUS = Status(
     ready=True,
     counts={"messages": 12, "events": 11, "looks": 11, "cache_hits": 6, "windows_scored": 5, "evicted_blocks": 0},
@@ -45,27 +42,6 @@ def served():
     server = WebServer(measured, Board(Settings()), "127.0.0.1:0")
     yield measured, server.address
     server.close()
-
-
-@pytest.fixture(scope="session")
-def prometheus():
-    """The folder of Prometheus and promtool: installed, or the Debian package unpacked into .cache."""
-    if installed := shutil.which("prometheus"):
-        return Path(installed).parent
-    folder = CACHE / "usr" / "bin"
-    if not (folder / "prometheus").exists():
-        if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-            pytest.skip("Prometheus is not on the PATH, and there is no apt-get to fetch it with")
-        CACHE.mkdir(parents=True, exist_ok=True)
-        fetched = subprocess.run(
-            ["apt-get", "download", "prometheus"], cwd=CACHE, capture_output=True, text=True, check=False
-        )
-        if fetched.returncode:
-            pytest.skip(f"Prometheus is not on the PATH and cannot be fetched: {fetched.stderr.strip()}")
-        (package,) = CACHE.glob("prometheus_*.deb")
-        subprocess.run(["dpkg-deb", "-x", package, CACHE], check=True)
-        package.unlink()
-    return folder
 
 
 def get(address, path):

@@ -3,7 +3,6 @@ the program itself says of its settings, its ports and its metrics."""
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,11 +212,10 @@ def test_the_dashboard_says_what_each_panel_means_and_none_lies_on_another():
     assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Prometheus, which is not installed")
-def test_prometheus_takes_its_configuration_and_rules():
+def test_prometheus_takes_its_configuration_and_rules(prometheus):
     for arguments in (
         ("check", "config", DEPLOY / "prometheus" / "prometheus.yml"),
         ("test", "rules", DEPLOY / "prometheus" / "alerts.test.yml"),
     ):
-        done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run([prometheus / "promtool", *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,28 @@
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(__file__).parents[1] / ".cache" / "prometheus"
+
+
+@pytest.fixture(scope="session")
+def prometheus():
+    """The folder of Prometheus and promtool: installed, or the Debian package unpacked into .cache."""
+    if installed := shutil.which("prometheus"):
+        return Path(installed).parent
+    folder = CACHE / "usr" / "bin"
+    if not (folder / "prometheus").exists():
+        if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+            pytest.skip("Prometheus is not on the PATH, and there is no apt-get to fetch it with")
+        CACHE.mkdir(parents=True, exist_ok=True)
+        fetched = subprocess.run(
+            ["apt-get", "download", "prometheus"], cwd=CACHE, capture_output=True, text=True, check=False
+        )
+        if fetched.returncode:
+            pytest.skip(f"Prometheus is not on the PATH and cannot be fetched: {fetched.stderr.strip()}")
+        (package,) = CACHE.glob("prometheus_*.deb")
+        subprocess.run(["dpkg-deb", "-x", package, CACHE], check=True)
+        package.unlink()
+    return folder
