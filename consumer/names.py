@@ -9,6 +9,8 @@ seeded at random: nobody can choose block ids that collide.
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,13 +140,18 @@ class NameIndex:
             live, room = int(self._table.places[:, 1].sum()), len(data)
             while 2 * (live + size) > room:
                 room *= 2
-            self._table = self._table._replace(data=np.zeros(room, np.uint8))
+            self._table = self._table._replace(data=grown(data[:0], room))
             _move_names(self._table, data)
 
 
 def grown(array: NDArray[Any], length: int) -> NDArray[Any]:
-    """Return a longer array with the same rows, then zeros; these take no memory before they are written."""
-    larger = np.zeros((length, *array.shape[1:]), array.dtype)
+    """Return a longer array with the same rows, then zeros; these take no memory before they are written.
+
+    Its memory is its own: what a shorter array leaves behind would else stay with the process, in pieces.
+    """
+    shape = (length, *array.shape[1:])
+    own = mmap(-1, max(1, prod(shape) * array.dtype.itemsize), flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    larger: NDArray[Any] = np.ndarray(shape, array.dtype, own)
     larger[: len(array)] = array
     return larger
 
