@@ -7,16 +7,16 @@ delivery, and a commit makes them durable together with the input offsets.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from consumer.clients import client
-from consumer.delivery import TransactionAborted, delivery_for
+from consumer.delivery import Headers, TransactionAborted, delivery_for
 from consumer.events import Undecodable
 from consumer.faultpoints import come_by
 from consumer.letters import dead_letter
@@ -39,6 +39,15 @@ _REPORT_SECONDS = 60.0
 _LOST_PLACE = {KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION}  # noqa: SLF001 - librdkafka's own
 
 
+class _Event(NamedTuple):
+    """What is to be sent; `time` in milliseconds since 1970."""
+
+    time: int
+    key: bytes
+    value: bytes | None
+    headers: Headers
+
+
 class Rekeyer:
     """One re-keying process: a member of the consumer group `<kafka.consumer.group.id>-rekey`.
 
@@ -56,6 +65,7 @@ class Rekeyer:
         self._known = tokens.keys()
         self._patience = patience
         self._positions: dict[int, int] = {}
+        self._times: dict[int, int] = {}  # latest of each partition so far
         self._touched: set[int] = set()
         self._failure: str | None = None
         self._recovery_due = False
@@ -131,7 +141,12 @@ class Rekeyer:
                 report_at = now + _REPORT_SECONDS
 
     def _take(self, messages: Iterable[Message]) -> None:
-        """Cut lines; events and dead letters go to the delivery."""
+        """Cut lines; events go to the delivery in the order of their times, dead letters as they come.
+
+        Lines of one block may lie in several partitions. Those of a partition keep their order: a line that is stamped
+        earlier than one before it there counts as old as that one.
+        """
+        events: list[tuple[int, int, _Event]] = []
         for message in messages:
             if message.error():
                 self._on_message_error(message.error(), message.partition())
@@ -143,26 +158,28 @@ class Rekeyer:
             self._touched.add(partition)
             self._patience.uncommitted += 1
             self.lines += 1
+            sent = message.timestamp()[1]
             try:
-                self._forward(message)
+                for event in self._events(message, sent):
+                    latest = self._times[partition] = max(event.time, self._times.get(partition, event.time))
+                    events.append((latest, sent, event))
             except Undecodable as reason:
                 self.dead_letters += 1
                 self._delivery.send(self._settings.topics.dead_letters, *dead_letter(message, str(reason)))
+        for _, _, event in sorted(events, key=lambda item: item[:2]):
+            self._delivery.send(self._settings.topics.events, event.value, event.key, event.headers)
 
-    def _forward(self, message: Message) -> None:
-        events = self._settings.topics.events
+    def _events(self, message: Message, sent: int) -> Iterator["_Event"]:
         key, line = message.key(), message.value()
-        source: list[tuple[str, bytes | None]] = [
-            (SOURCE_HEADER, f"{self._topic}/{message.partition()}/{message.offset()}".encode())
-        ]
+        source: Headers = [(SOURCE_HEADER, f"{self._topic}/{message.partition()}/{message.offset()}".encode())]
         if line is None:
             if key is None:
                 raise Undecodable("neither key nor value")
-            self._delivery.send(events, None, key, source)  # the block of this key is over
+            yield _Event(self._times.get(message.partition(), sent), key, None, source)  # the block of this key is over
             return
-        for block, event, time_ms in self._decoder.rows(line, message.timestamp()[1]):
+        for block, event, time_ms in self._decoder.rows(line, sent):
             value = msgspec.json.encode(dict(zip(self._fields, (block, event, time_ms), strict=True)))
-            self._delivery.send(events, value, block.encode(), source)
+            yield _Event(time_ms, block.encode(), value, source)
             self.events += 1
             self.unmatched += event not in self._known
 
@@ -201,6 +218,7 @@ class Rekeyer:
                 low, high = self._patiently(asker, partial(_bounds, asker, self._topic, found.partition))
                 starts.append(TopicPartition(self._topic, found.partition, self._start(found, low, high)))
                 self._positions[found.partition] = starts[-1].offset
+                self._times.pop(found.partition, None)
         return starts
 
     def _asker(self) -> Consumer:
@@ -269,6 +287,7 @@ class Rekeyer:
     def _drop(self, partitions: Iterable[TopicPartition]) -> None:
         for dropped in partitions:
             self._positions.pop(dropped.partition, None)
+            self._times.pop(dropped.partition, None)
             self._touched.discard(dropped.partition)
 
     def _raise_failure(self) -> None:
