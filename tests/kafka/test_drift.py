@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import urllib.error
 import urllib.request
 
 from scripts.verify import verify
@@ -26,13 +27,20 @@ def test_drift_is_said_carried_measured_and_survives_a_kill(line):
         with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
             return answer.read().decode()
 
+    def is_ready():
+        try:
+            return get("/readyz") == "OK\n"
+        except urllib.error.HTTPError:
+            return False
+
     def scraped(sample):
         found = re.search(rf"^log_anomaly_{re.escape(sample)} (\S+)$", get("/metrics"), re.MULTILINE)
         return found and float(found[1])  # a partition shows with the first status after it was assigned
 
     made.produce(failing(0, 12))
     made.wait_for(lambda: made.lag() == 0, what="committing the first blocks")
-    assert get("/healthz") == get("/readyz") == "OK\n"
+    made.wait_for(is_ready, what="being ready")
+    assert get("/healthz") == "OK\n"
     made.wait_for(lambda: scraped("messages_total") == 24, what="counting")
     severities = re.findall(r"^log_anomaly_alerts_total{severity=.*} (.+)$", get("/metrics"), re.MULTILINE)
     assert sum(map(float, severities)) >= 12
