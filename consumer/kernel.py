@@ -8,11 +8,11 @@ for that begins a page of its own. The oldest page is free again as soon as the 
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from consumer.events import CLOCK, TOMBSTONE
 from consumer.names import NONE, mix
+from model.jit import njit
 from model.vocabulary import BOS, END, PAD
 
 NO_WATERMARK = -(2**62)

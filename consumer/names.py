@@ -14,8 +14,9 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from model.jit import njit
 
 NONE = -1
 """No slot."""

@@ -5,10 +5,10 @@ Whoever meets another goes by `SessionState`.
 """
 
 import numpy as np
-from numba import njit
 
 from consumer.kernel import append, read
 from consumer.names import NONE
+from model.jit import njit
 from model.vocabulary import UNK
 
 

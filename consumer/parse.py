@@ -6,7 +6,8 @@ to read or to refuse. So it may be narrow, but what it takes it must take as tha
 """
 
 import numpy as np
-from numba import njit
+
+from model.jit import njit
 
 BLOCK, EVENT, TIME = range(3)
 """The fields, as columns of what is found."""

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from consumer.drift import levels
 from consumer.windows import Looks
+from model.jit import njit
 from model.scoring import SCREEN_MARGIN, SCREEN_NOISE, Explanation, Rows, Scorer
 
 _NOWHERE, _NEW, _OLD = range(3)

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg.cython_blas  # noqa: F401 - what numba multiplies with: loaded before it is told to use one thread
-from numba import config, njit
+from numba import config
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from model.jit import njit
 from model.network import Autoencoder
 
 Floats = NDArray[np.float32]
