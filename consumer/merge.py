@@ -85,6 +85,11 @@ class Merge(Generic[T]):
         """Those that are assigned."""
         return list(self._partitions)
 
+    @property
+    def paused(self) -> list[int]:
+        """Those that are not read on, as `balance` had it."""
+        return [number for number, known in self._partitions.items() if known.paused]
+
     def assign(self, partition: int, offset: int) -> None:
         """Begin with a partition, anew if it is known already, at an offset."""
         self.drop(partition)
