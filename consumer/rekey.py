@@ -39,8 +39,9 @@ _AT_END = KafkaError._PARTITION_EOF  # noqa: SLF001
 
 _READING = {
     "queued.min.messages": 10_000,  # what is read ahead of a partition that is paused is thrown away
-    "max.partition.fetch.bytes": 262_144,  # the smaller the portions, the less has to wait for its turn
+    "max.partition.fetch.bytes": 131_072_144,  # the smaller the portions, the less has to wait for its turn
     "fetch.wait.max.ms": 100,  # so much later a partition says that it is at its end
+    "fetch.queue.backoff.ms": 5,
 }
 """librdkafka settings that users may change: partitions are to advance side by side."""
 

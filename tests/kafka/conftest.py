@@ -131,7 +131,9 @@ class Line:
 
     def produce(self, messages, topic=None):
         """Send (key, value) messages, each with its own partition if it has a third part."""
-        producer = Producer({"bootstrap.servers": self.bootstrap, "linger.ms": 20, "log_level": 0})
+        producer = Producer(
+            {"bootstrap.servers": self.bootstrap, "linger.ms": 20, "enable.idempotence": True, "log_level": 0}
+        )
         for key, value, *partition in messages:
             place = {"partition": partition[0]} if partition else {}
             producer.produce(topic or self.settings.topics.events, value, key, **place)
