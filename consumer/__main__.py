@@ -13,7 +13,6 @@ from consumer.rekey import Rekeyer
 from consumer.service import Service
 from consumer.settings import Settings, load_settings
 from consumer.topics import STATE_CONFIG, TopicSpec, check_rights, check_state_topic, ensure_topics, require_topic
-from model.bundle import Bundle
 from model.cli import argument_parser, run
 from model.device import choose
 from model.errors import UserError
@@ -91,13 +90,13 @@ def _rekey(settings: Settings, patience: Patience) -> int:
             f"events.format: text makes the detector take {topics.events} for raw lines, but --rekey writes events "
             "there; set it to json"
         )
-    rekeyer = Rekeyer(settings, Bundle.load(settings.model.path), patience)
+    rekeyer = Rekeyer(settings, patience)
     for name in ensure_topics(settings, map(TopicSpec, (topics.lines, topics.events, topics.dead_letters))):
         log.info("created topic %s", name)
     log.info("reading %s as group %s from %s", topics.lines, rekeyer.group, settings.kafka.bootstrap)
     log.info("events go to %s keyed by block, delivery %s", topics.events, settings.delivery)
     rekeyer.run()
-    log.info("stopped: %s", rekeyer.summary())
+    log.info("stopped: %s", rekeyer.status())
     return patience.exit_status()
 
 

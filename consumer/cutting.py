@@ -17,12 +17,14 @@ class Cut(NamedTuple):
     Attributes:
         source: topic/partition/offset of the line.
         rows: its events.
+        unmatched: whether they are of no template that the model knows.
         over: the block that a tombstone's key says is over.
         letter: the message and why it can be none of these.
     """
 
     source: str
     rows: Sequence[Row] = ()
+    unmatched: bool = False
     over: bytes | None = None
     letter: tuple[Message, str] | None = None
 
@@ -41,7 +43,7 @@ class Cutter:
 
     def __init__(self, settings: Settings, bundle: Bundle) -> None:
         tokens = bundle.vocabulary.tokens
-        self.known = tokens.keys()
+        self._known = tokens.keys()
         self._decoder = TextDecoder(known_lines(settings, bundle), tokens, milliseconds(settings.windows.max_ahead))
 
     def cut(self, message: Message) -> Cut:
@@ -51,6 +53,7 @@ class Cutter:
         if line is None:
             return Cut(source, letter=(message, "neither key nor value")) if key is None else Cut(source, over=key)
         try:
-            return Cut(source, self._decoder.rows(line, message.timestamp()[1]))
+            rows = self._decoder.rows(line, message.timestamp()[1])
         except Undecodable as reason:
             return Cut(source, letter=(message, str(reason)))
+        return Cut(source, rows, bool(rows) and rows[0][1] not in self._known)

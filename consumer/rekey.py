@@ -8,66 +8,55 @@ the first line of each partition that still waits.
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import msgspec
-from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 
-from consumer.clients import client
+from consumer.artifacts import ModelWatcher
 from consumer.cutting import Cut, Cutter
 from consumer.delivery import TransactionAborted, delivery_for
 from consumer.faultpoints import come_by
-from consumer.letters import dead_letter, kind
 from consumer.merge import Merge
+from consumer.outbox import Outbox
 from consumer.patience import HOPELESS, Patience
 from consumer.places import Places
+from consumer.reading import Reading, lines_consumer
 from consumer.refusals import with_remedy
+from consumer.rekey_metrics import RekeyMetrics, RekeyStatus
 from consumer.settings import Settings
-from model.bundle import Bundle
+from consumer.web import serving
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
 
-SOURCE_HEADER = "line.source"
-"""Header of an event: topic/partition/offset of its line."""
-
 _REPORT_SECONDS = 60.0
-_SILENCE_SECONDS = 5.0  # of a partition that holds up the others
+_STATUS_SECONDS = 1.0
 _LOST_PLACE = {KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION}  # noqa: SLF001 - librdkafka's own
-_AT_END = KafkaError._PARTITION_EOF  # noqa: SLF001
-
-_READING = {
-    "queued.min.messages": 10_000,  # what is read ahead of a partition that is paused is thrown away
-    "max.partition.fetch.bytes": 131_072_144,  # the smaller the portions, the less has to wait for its turn
-    "fetch.wait.max.ms": 100,  # so much later a partition says that it is at its end
-    "fetch.queue.backoff.ms": 5,
-}
-"""librdkafka settings that users may change: partitions are to advance side by side."""
 
 
 class Rekeyer:
     """One re-keying process: a member of the consumer group `<kafka.consumer.group.id>-rekey`.
 
     Raises:
-        UserError: the model knows no lines, or not as the settings cut them.
+        UserError: there is no model, or it knows no lines, or not as the settings cut them.
     """
 
-    def __init__(self, settings: Settings, bundle: Bundle, patience: Patience) -> None:
+    def __init__(self, settings: Settings, patience: Patience) -> None:
         self._settings = settings
         self._topic = settings.topics.lines
         self.group = f"{settings.kafka.group}-rekey"
-        self._cutter = Cutter(settings, bundle)
-        self._fields = (settings.events.block_id, settings.events.event_id, settings.events.timestamp)
+        self._watcher = ModelWatcher(settings)
+        self._cutter = Cutter(settings, self._watcher.in_use)
+        self._outbox = Outbox(settings)
+        self._metrics = RekeyMetrics()
+        patience.call_while_waiting(self._metrics.beat)
         self._patience = patience
         self._merge = Merge[Cut]()
         self._committed: dict[int, int] = {}
-        self._silence: dict[int, float] = {}  # of each partition that the others wait for
         self._gave_back: set[int] = set()
         self._failure: str | None = None
+        self._joined = False
         self._recovery_due = False
-        self.counts = Counter[str]()
-        self.dead_letters = Counter[str]()
 
     def run(self) -> None:
         """Work until a stop is asked for, then commit what is done and leave the group.
@@ -75,25 +64,13 @@ class Rekeyer:
         Raises:
             UserError: Kafka refuses to go on (wrong credentials, missing rights, topic deleted …).
         """
+        with serving(self._metrics, None, self._settings.metrics.listen):
+            self._run()
+
+    def _run(self) -> None:
         self._delivery = delivery_for(self._settings, self._patience)
-        self._consumer = client(
-            Consumer,
-            self._settings,
-            {"log_level": 2}
-            | _READING
-            | self._settings.kafka.for_consumer()
-            | {
-                "group.id": self.group,
-                "auto.offset.reset": "error",  # never jump in silence
-                "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
-                "enable.partition.eof": True,
-                "isolation.level": "read_committed",
-                "partition.assignment.strategy": "cooperative-sticky",
-                "error_cb": self._patience.notice,
-            },
-            logger=log,
-        )
+        self._consumer = lines_consumer(self._settings, self.group, self._patience)
+        self._reading = Reading(self._topic, self._consumer, self._merge)
         self._places = Places(self._settings, self._consumer, self.group, self._patience)
         try:
             self._consumer.subscribe(
@@ -108,21 +85,30 @@ class Rekeyer:
             self._delivery.close()
         self._raise_failure()
 
-    def summary(self) -> str:
-        """Return where things stand, in a line."""
-        counts = self.counts
-        return (
-            f"{counts['lines']:,} lines, {counts['unmatched_lines']:,} of them of no template, "
-            f"{counts['skipped_lines']:,} without a block; {counts['events']:,} events, "
-            f"{self.dead_letters.total():,} dead letters"
+    def status(self) -> RekeyStatus:
+        """Return where things stand."""
+        partitions, ends = self._merge.partitions, self._reading.ends()
+        return RekeyStatus(
+            ready=self._joined,
+            counts=dict(self._outbox.counts),
+            dead_letters=dict(self._outbox.dead_letters),
+            reloads=dict(self._watcher.outcomes),
+            model=self._watcher.in_use.fingerprint,
+            pending={number: self._merge.pending(number) for number in partitions},
+            lag={
+                number: max(0, ends[number] - self._merge.unsent(number)) if number in ends else None
+                for number in partitions
+            },
         )
 
     def _loop(self) -> None:
         interval = self._settings.commit.interval.total_seconds()
         wait = min(self._settings.scoring.max_wait.total_seconds(), interval)
-        now = time.monotonic()
-        commit_at, report_at = now + interval, now + _REPORT_SECONDS
+        reload_interval = self._settings.reload.interval.total_seconds()
+        now = status_at = time.monotonic()
+        commit_at, reload_at, report_at = now + interval, now + reload_interval, now + _REPORT_SECONDS
         while not self._patience.stop_asked:
+            self._metrics.beat()
             try:
                 self._read(wait)
                 self._delivery.poll()
@@ -131,85 +117,39 @@ class Rekeyer:
                 if now >= commit_at and not self._recovery_due:
                     self._commit()
                     commit_at = time.monotonic() + interval
+                if now >= reload_at and not self._recovery_due:
+                    reload_at = now + reload_interval
+                    self._reload()
             except TransactionAborted as reason:
                 log.warning("transaction aborted (%s): going back to what is committed", reason)
                 self._recovery_due = True
             if self._recovery_due:
                 self._recover()
+            if now >= status_at:
+                self._metrics.status = self.status()
+                status_at = now + _STATUS_SECONDS
             if now >= report_at:
-                log.info("%s", self.summary())
+                self._report()
                 report_at = now + _REPORT_SECONDS
+
+    def _report(self) -> None:
+        status = self.status()
+        lag = sum(known or 0 for known in status.lag.values())
+        log.info("%s; lag %s, %s of it pending", status, f"{lag:,}", f"{sum(status.pending.values()):,}")
 
     def _read(self, wait: float) -> None:
         """Take in what comes while waiting for no longer than `wait`, and send what need not wait any more."""
         self._gave_back.clear()
-        began = time.monotonic()
-        messages = self._consumer.consume(self._settings.scoring.max_batch, wait)
-        waited = min(wait, time.monotonic() - began)  # callbacks may have taken longer
+        messages, waited = self._reading.consume(self._settings.scoring.max_batch, wait)
         self._raise_failure()
         if self._recovery_due:
             return  # a callback lost the transaction, and they will be read again
-        self._merge.turn(self._ends())
-        self._take(messages)
-        self._give_up_on_silence(waited)
+        for failed in self._reading.take(messages, waited, self._cutter):
+            self._on_message_error(failed.error(), failed.partition())
         for cut in self._merge.release():
-            self._send(cut)
-        for numbers, call in zip(self._merge.balance(), (self._consumer.pause, self._consumer.resume), strict=True):
-            if numbers:
-                call(self._of_topic(numbers))
-
-    def _ends(self) -> dict[int, int]:
-        """Return where partitions end, as far as the last answers of the brokers said."""
-        ends = {}
-        for place in self._of_topic(self._merge.partitions):
-            _, end = self._consumer.get_watermark_offsets(place, cached=True)
-            if end >= 0:
-                ends[place.partition] = end
-        return ends
-
-    def _take(self, messages: Iterable[Message]) -> None:
-        for message in messages:
-            error, partition, offset = message.error(), message.partition(), message.offset()
-            if error is not None and error.code() != _AT_END:
-                self._on_message_error(error, partition)
-                continue
-            self._silence.pop(partition, None)
-            if error is not None:
-                self._merge.rest(partition)
-            elif self._merge.wants(partition, offset):  # else it is no longer ours, or known
-                cut = self._cutter.cut(message)
-                self._merge.add(partition, offset, cut.time, message.timestamp()[1], len(message), cut)
-
-    def _give_up_on_silence(self, waited: float) -> None:
-        """Let the others go on when a partition that they wait for is neither read nor at its end."""
-        self._silence = {number: self._silence.get(number, 0.0) + waited for number in self._merge.awaited()}
-        for number, seconds in self._silence.items():
-            if seconds > _SILENCE_SECONDS:
-                log.warning(
-                    "%s/%d: no line for %.0f s, though it is not at its end: the other partitions go on without it, "
-                    "and its lines will come out of their order", self._topic, number, _SILENCE_SECONDS,
-                )  # fmt: skip
-                self._merge.rest(number)
-
-    def _send(self, cut: Cut) -> None:
-        """Hand a line's events, or the dead letter that it is, to the delivery."""
-        topics, source = self._settings.topics, cut.source.encode()
-        self._patience.uncommitted += 1
-        self.counts["lines"] += 1
-        if cut.letter is not None:
-            message, reason = cut.letter
-            self.dead_letters[kind(reason)] += 1
-            self._delivery.send(topics.dead_letters, *dead_letter(message, reason))
-        elif cut.over is not None:
-            self._delivery.send(topics.events, None, cut.over, [(SOURCE_HEADER, source)])
-        elif cut.rows:
-            self.counts["events"] += len(cut.rows)
-            self.counts["unmatched_lines"] += cut.rows[0][1] not in self._cutter.known
-            for row in cut.rows:
-                value = msgspec.json.encode(dict(zip(self._fields, row, strict=True)))
-                self._delivery.send(topics.events, value, row[0].encode(), [(SOURCE_HEADER, source)])
-        else:
-            self.counts["skipped_lines"] += 1
+            self._patience.uncommitted += 1
+            self._outbox.send(cut, self._delivery)
+        self._reading.balance()
 
     def _commit(self) -> None:
         """Make durable what was sent, and that its lines were read.
@@ -222,9 +162,25 @@ class Rekeyer:
         if not sent:
             return
         offsets = [TopicPartition(self._topic, number, offset) for number, offset in sent.items()]
-        self._delivery.commit(self._consumer, offsets, ())
+        with self._metrics.commit_seconds.time():
+            self._delivery.commit(self._consumer, offsets, ())
         self._committed |= sent
         self._patience.uncommitted = 0
+
+    def _reload(self) -> None:
+        """Take a new model if there is one; what is pending was cut by the old one, and is read again.
+
+        Raises:
+            TransactionAborted: as `_commit`; the new model has been taken.
+        """
+        bundle = self._watcher.poll()
+        if bundle is None:
+            return
+        log.info("now model %s", bundle.fingerprint[:12])
+        self._cutter = Cutter(self._settings, bundle)
+        self._recovery_due = True
+        self._commit()
+        come_by("reload")
 
     def _recover(self) -> None:
         """Go back to what is committed, in all partitions."""
@@ -246,17 +202,11 @@ class Rekeyer:
             self._committed[start.partition] = start.offset
         return starts
 
-    def _forget(self, partitions: Iterable[int]) -> None:
+    def _forget(self, partitions: Sequence[int]) -> None:
         """Drop what is pending of partitions; whoever has them next reads it again."""
-        paused = [number for number in self._merge.paused if number in set(partitions)]
-        if paused:
-            self._consumer.resume(self._of_topic(paused))  # else they might come back paused
+        self._reading.forget(partitions)
         for number in partitions:
-            self._merge.drop(number)
             self._committed.pop(number, None)
-
-    def _of_topic(self, partitions: Iterable[int]) -> list[TopicPartition]:
-        return [TopicPartition(self._topic, number) for number in partitions]
 
     def _on_assign(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         numbers = [assigned.partition for assigned in partitions]
@@ -265,6 +215,7 @@ class Rekeyer:
         except UserError as error:  # a callback cannot raise through librdkafka
             self._failure = str(error)
             return
+        self._joined = True
         # What was read before, and is about to be handed over, went on from what was pending then.
         self._recovery_due |= not self._gave_back.isdisjoint(numbers)
         come_by("rebalance")

@@ -1,10 +1,15 @@
 """The re-keyer between a consumer and a delivery that are made up: what it sends, commits, and waits for."""
 
+import dataclasses
+import subprocess
+
 import pytest
 from confluent_kafka import KafkaError, TopicPartition
+from prometheus_client import generate_latest
 
 from consumer.delivery import TransactionAborted
 from consumer.patience import Patience
+from consumer.reading import Reading
 from consumer.rekey import Rekeyer
 from consumer.settings import EventSettings, Settings
 from model.bundle import Bundle
@@ -12,8 +17,6 @@ from model.lines import LineFormat, LineRules
 from model.network import Autoencoder, Shape
 from model.templates import event_id
 from model.vocabulary import Vocabulary
-
-LINES = LineFormat(LineRules.of(EventSettings()), ("start <BLOCK>",))
 
 
 class Message:
@@ -81,12 +84,12 @@ class Delivery:
         self.committed = {}
         self.refuse = False
 
-    def send(self, topic, value, key, headers):
+    def send(self, topic, _, key, __):
         if self.refuse:
             raise TransactionAborted("refused")
         self.sent.append((topic, key and key.decode()))
 
-    def commit(self, _, offsets, records):
+    def commit(self, _, offsets, __):
         self.committed |= {place.partition: place.offset for place in offsets}
 
     def abort(self):
@@ -103,12 +106,19 @@ class Places:
         return [TopicPartition("log-lines", number, self.delivery.committed.get(number, 0)) for number in partitions]
 
 
+def model(*templates):
+    vocabulary = Vocabulary(tuple(map(event_id, templates)))
+    lines = LineFormat(LineRules.of(EventSettings()), templates)
+    return Bundle(Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16)).eval(), vocabulary, {}, lines)
+
+
 @pytest.fixture
-def rekeyer():
-    vocabulary = Vocabulary((event_id("start <BLOCK>"),))
-    bundle = Bundle(Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16)).eval(), vocabulary, {}, LINES)
-    made = Rekeyer(Settings(), bundle, Patience())
+def rekeyer(tmp_path):
+    model("start <BLOCK>").save(tmp_path / "model")
+    artifacts = {"model": {"path": tmp_path / "model"}, "calibration": {"path": tmp_path / "threshold.json"}}
+    made = Rekeyer(Settings.model_validate(artifacts), Patience())
     made._consumer, made._delivery = Consumer(), Delivery()
+    made._reading = Reading("log-lines", made._consumer, made._merge)
     made._places = Places(made._delivery)
     made._on_assign(made._consumer, [TopicPartition("log-lines", number) for number in (0, 1)])
     made._consumer.calls.clear()
@@ -130,13 +140,13 @@ def test_the_offset_of_the_first_line_that_was_not_sent_is_committed(rekeyer):
     assert blocks(rekeyer) == ["blk_5", "blk_6"]
     rekeyer._commit()
     assert rekeyer._delivery.committed == {0: 1, 1: 1}
-    assert rekeyer.counts == {"lines": 2, "events": 2, "unmatched_lines": 0}
+    assert rekeyer.status().counts == {"lines": 2, "events": 2, "unmatched_lines": 0, "skipped_lines": 0}
     turn(rekeyer, end(1, 1))
     assert rekeyer._delivery.sent[2:] == [("log-events", "blk_8"), ("log-anomaly-dead-letters", None)]
     rekeyer._commit()
     assert rekeyer._delivery.committed == {0: 4, 1: 1}
-    assert rekeyer.counts == {"lines": 5, "events": 3, "unmatched_lines": 0, "skipped_lines": 1}
-    assert rekeyer.dead_letters == {"bad_id": 1}
+    assert rekeyer.status().counts == {"lines": 5, "events": 3, "unmatched_lines": 0, "skipped_lines": 1}
+    assert rekeyer.status().dead_letters == {"bad_id": 1}
     assert rekeyer._patience.uncommitted == 0
 
 
@@ -180,18 +190,16 @@ def test_messages_that_were_read_before_a_rebalance_are_not_taken_for_those_afte
 def test_a_partition_that_is_silent_though_not_at_its_end_is_given_up_and_said_so_once(rekeyer, caplog):
     turn(rekeyer, line(0, 0, 5))
     for _ in range(20):
-        rekeyer._give_up_on_silence(0.4)
+        rekeyer._reading._give_up_on_silence(0.4)
     turn(rekeyer, line(0, 1, 6))
     assert blocks(rekeyer) == ["blk_5", "blk_6"]
-    assert [record.message for record in caplog.records if "no line for 5 s" in record.message] == [
-        "log-lines/1: no line for 5 s, though it is not at its end: the other partitions go on without it, and its "
-        "lines will come out of their order"
-    ]
+    (said,) = caplog.messages
+    assert said.startswith("log-lines/1: no line for 5 s, though it is not at its end: the other partitions go on")
     turn(rekeyer, line(1, 0, 3), end(0, 2))
     assert blocks(rekeyer)[2:] == ["blk_3"]
     for _ in range(20):
         turn(rekeyer, line(0, rekeyer._merge.unsent(0), 9), line(1, rekeyer._merge.unsent(1), 8))
-        rekeyer._give_up_on_silence(0.4)
+        rekeyer._reading._give_up_on_silence(0.4)
     assert len(caplog.records) == 1, "it delivers"
 
 
@@ -207,3 +215,63 @@ def test_a_partition_with_much_pending_is_paused_and_comes_back_unpaused(rekeyer
     assert rekeyer._consumer.calls == [("pause", [(0, -1001)])]
     rekeyer._on_lost(rekeyer._consumer, [TopicPartition("log-lines", 0)])
     assert rekeyer._consumer.calls[1:] == [("resume", [(0, -1001)]), ("incremental_unassign", [(0, -1001)])]
+
+
+def test_a_new_model_is_taken_once_its_threshold_is_there_and_what_is_pending_is_cut_by_it(
+    rekeyer, tmp_path, make_threshold, caplog
+):
+    caplog.set_level("INFO")
+    threshold = tmp_path / "threshold.json"
+
+    def look():
+        for _ in range(3):
+            rekeyer._reload()
+        return rekeyer.status().reloads
+
+    dataclasses.replace(make_threshold(1.0), model=rekeyer._watcher.in_use.fingerprint).save(threshold)
+    assert look() == {}, "a threshold is nothing to it"
+    turn(rekeyer, line(0, 0, 5, "stop blk_{}"), line(0, 1, 7, "stop blk_{}"), line(1, 0, 6, "stop blk_{}"))
+    new = model("start <BLOCK>", "stop <BLOCK>")
+    new.save(tmp_path / "model")
+    assert look() == {"waiting": 1}
+    (tmp_path / "model" / "model.json").write_text("{}")
+    assert look() == {"waiting": 1, "refused": 1}
+    new.save(tmp_path / "model")
+    dataclasses.replace(make_threshold(1.0), model=new.fingerprint).save(threshold)
+    assert look() == {"waiting": 1, "refused": 1, "taken": 1}
+    assert rekeyer._delivery.committed == {0: 1, 1: 1}
+    rekeyer._recover()
+    turn(rekeyer, line(0, 1, 7, "stop blk_{}"), end(0, 2), end(1, 1))
+    status = rekeyer.status()
+    assert status.model == new.fingerprint
+    assert status.counts["lines"] == 3
+    assert status.counts["unmatched_lines"] == 2
+    assert [text for text in caplog.messages if "model" in text][-1] == f"now model {new.fingerprint[:12]}"
+
+
+def test_without_a_threshold_a_new_model_is_taken_at_once(rekeyer, tmp_path):
+    model("stop <BLOCK>").save(tmp_path / "model")
+    for _ in range(2):
+        rekeyer._reload()
+    assert rekeyer.status().reloads == {"taken": 1}
+
+
+def test_what_is_scraped_is_the_last_status(rekeyer, prometheus):
+    turn(rekeyer, line(0, 0, 5), line(0, 1, 8), line(1, 0, 6, "no block"), line(1, 1, 6, "stop blk_{}"), Message(1, 2))
+    rekeyer._commit()
+    rekeyer._metrics.status = rekeyer.status()
+    scraped = generate_latest(rekeyer._metrics.registry).decode()
+    lint = subprocess.run(
+        [prometheus / "promtool", "check", "metrics"], input=scraped, capture_output=True, text=True, check=False
+    )
+    assert (lint.returncode, lint.stdout + lint.stderr) == (0, "")
+    found = dict(text.rsplit(" ", 1) for text in scraped.splitlines() if not text.startswith("#"))
+    for name, value in {
+        "lines_total": 4, "events_total": 2, "unmatched_lines_total": 1, "skipped_lines_total": 1,
+        'dead_letters_total{reason="bad_tombstone"}': 1, 'reloads_total{outcome="taken"}': 0, "ready": 1,
+        'pending_lines{partition="0"}': 1, 'pending_lines{partition="1"}': 0, "commit_seconds_count": 1,
+        f'artifacts_info{{model="{rekeyer._watcher.in_use.fingerprint}"}}': 1,
+    }.items():  # fmt: skip
+        assert float(found[f"log_anomaly_rekey_{name}"]) == value, name
+    assert 'log_anomaly_rekey_lag_messages{partition="0"}' not in found, "what is not known is not made up"
+    assert str(rekeyer.status()) == "4 lines, 1 of them of no template, 1 without a block; 2 events, 1 dead letters"

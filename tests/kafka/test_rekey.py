@@ -4,11 +4,13 @@ import datetime as dt
 import json
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 
 import pytest
 
-from consumer.rekey import SOURCE_HEADER
+from consumer.outbox import SOURCE_HEADER
 from consumer.topics import TopicSpec, ensure_topics
 from model.bundle import Bundle
 from model.config import EventSettings
@@ -16,6 +18,7 @@ from model.lines import LineFormat, LineRules
 from model.network import Autoencoder, Shape
 from model.templates import event_id
 from model.vocabulary import Vocabulary
+from scripts.local_kafka import free_port
 
 TEMPLATES = ("drop <BLOCK>", "start <BLOCK> size <NUMBER>")
 DROP, START = map(event_id, TEMPLATES)
@@ -143,9 +146,15 @@ def test_a_backlog_comes_out_in_the_order_of_its_times(line, knows_lines, backlo
         assert times == sorted(times)
 
 
-def test_a_line_does_not_wait_for_partitions_that_are_at_their_end(line, knows_lines):
-    made = line(model={"path": str(knows_lines / "model")})
+def test_a_line_does_not_wait_for_partitions_that_are_at_their_end_and_numbers_are_served(line, knows_lines):
+    address = f"127.0.0.1:{free_port()}"
+    made = line(model={"path": str(knows_lines / "model")}, metrics={"listen": address})
     topics = made.settings.topics
+
+    def get(path):
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
+            return answer.read().decode()
+
     process = made.start_consumer(options=["--rekey"])
     made.wait_for(lambda: "assigned" in process.log.read_text(), what="joining")
     for count in range(1, 4):
@@ -153,6 +162,12 @@ def test_a_line_does_not_wait_for_partitions_that_are_at_their_end(line, knows_l
         written = time.monotonic()
         made.wait_for(lambda many=count: len(made.read(topics.events)) == many, what="sending it")
         assert time.monotonic() - written < 2
+    made.wait_for(lambda: "log_anomaly_rekey_lines_total 3.0" in get("/metrics"), what="counting")
+    assert 'log_anomaly_rekey_lag_messages{partition="1"} 0.0' in get("/metrics")
+    assert get("/healthz") == get("/readyz") == "OK\n"
+    with pytest.raises(urllib.error.HTTPError, match="404") as caught:
+        get("/")
+    caught.value.close()
     assert made.stop(process)[0] == 0
     assert "no line for" not in process.log.read_text()
 
