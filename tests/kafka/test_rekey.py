@@ -12,25 +12,10 @@ import pytest
 
 from consumer.outbox import SOURCE_HEADER
 from consumer.topics import TopicSpec, ensure_topics
-from model.bundle import Bundle
-from model.config import EventSettings
-from model.lines import LineFormat, LineRules
-from model.network import Autoencoder, Shape
 from model.templates import event_id
-from model.vocabulary import Vocabulary
 from scripts.local_kafka import free_port
 
-TEMPLATES = ("drop <BLOCK>", "start <BLOCK> size <NUMBER>")
-DROP, START = map(event_id, TEMPLATES)
-
-
-@pytest.fixture(scope="module")
-def knows_lines(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("knows-lines")
-    vocabulary = Vocabulary(tuple(sorted((DROP, START))))
-    network = Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16)).eval()
-    Bundle(network, vocabulary, {}, LineFormat(LineRules.of(EventSettings()), TEMPLATES)).save(folder / "model")
-    return folder
+DROP, START = map(event_id, ("drop <BLOCK>", "start <BLOCK> size <NUMBER>"))
 
 
 def lines(begin, end):
