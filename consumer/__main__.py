@@ -12,8 +12,16 @@ from consumer.patience import Patience
 from consumer.rekey import Rekeyer
 from consumer.service import Service
 from consumer.settings import Settings, load_settings
-from consumer.topics import STATE_CONFIG, TopicSpec, check_rights, check_state_topic, ensure_topics, require_topic
-from model.bundle import Bundle
+from consumer.topics import (
+    READ,
+    STATE_CONFIG,
+    WRITE,
+    TopicSpec,
+    check_rights,
+    check_state_topic,
+    ensure_topics,
+    require_topic,
+)
 from model.cli import argument_parser, run
 from model.device import choose
 from model.errors import UserError
@@ -59,7 +67,8 @@ def _watch(arguments: Namespace) -> int:
     for name in created:
         log.info("created topic %s", name)
     check_state_topic(settings)
-    check_rights(settings)
+    written = {topics.alerts: {WRITE}, topics.dead_letters: {WRITE}, topics.state: {READ, WRITE}}
+    check_rights(settings, {topics.events: {READ}} | written)
     service = Service(settings, artifacts, patience)
     log.info("settings   %s; not the defaults: %s", arguments.config, changed(settings))
     _introduce(settings, artifacts, as_many, device)
@@ -91,13 +100,14 @@ def _rekey(settings: Settings, patience: Patience) -> int:
             f"events.format: text makes the detector take {topics.events} for raw lines, but --rekey writes events "
             "there; set it to json"
         )
-    rekeyer = Rekeyer(settings, Bundle.load(settings.model.path), patience)
+    rekeyer = Rekeyer(settings, patience)
     for name in ensure_topics(settings, map(TopicSpec, (topics.lines, topics.events, topics.dead_letters))):
         log.info("created topic %s", name)
+    check_rights(settings, {topics.lines: {READ}, topics.events: {WRITE}, topics.dead_letters: {WRITE}})
     log.info("reading %s as group %s from %s", topics.lines, rekeyer.group, settings.kafka.bootstrap)
     log.info("events go to %s keyed by block, delivery %s", topics.events, settings.delivery)
     rekeyer.run()
-    log.info("stopped: %s", rekeyer.summary())
+    log.info("stopped: %s", rekeyer.status())
     return patience.exit_status()
 
 

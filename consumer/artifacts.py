@@ -7,7 +7,7 @@ from pathlib import Path
 
 from consumer.detector import Detector
 from consumer.settings import Settings, milliseconds
-from consumer.text import AnyDecoder, decoder_for
+from consumer.text import AnyDecoder, decoder_for, known_lines
 from consumer.threshold import Threshold
 from model.bundle import Bundle
 from model.device import choose
@@ -100,8 +100,25 @@ class Artifacts:
         )
 
 
+class _Files:
+    """Notices that the files of the model or the threshold changed. Costs a look at three files each time."""
+
+    def __init__(self, settings: Settings, judged: Facts) -> None:
+        self._settings = settings
+        self.judged = self._last = judged
+
+    def changed(self) -> bool:
+        """Whether they are others than those judged last, and no longer being written: the same at two looks."""
+        facts, last = file_facts(self._settings), self._last
+        self._last = facts
+        if facts != last or facts == self.judged:
+            return False
+        self.judged = facts
+        return True
+
+
 class ArtifactWatcher:
-    """Notices that the files of the model or the threshold changed. Costs a look at three files each time.
+    """Finds a new pair of model and threshold.
 
     `outcomes` counts what became of the changes: taken, waiting (a new model whose threshold is still to come),
     refused.
@@ -110,26 +127,20 @@ class ArtifactWatcher:
     def __init__(self, settings: Settings, in_use: Artifacts) -> None:
         self._settings = settings
         self.in_use = in_use
-        self._judged = self._last = in_use.facts
+        self._files = _Files(settings, in_use.facts)
         self.outcomes = Counter[str]()
 
     def poll(self) -> Artifacts | None:
         """Return the new pair if there is one that fits; say once why what is new is not taken."""
-        facts, last = file_facts(self._settings), self._last
-        self._last = facts
-        if facts != last or facts == self._judged:  # still being written, or nothing new
+        if not self._files.changed():
             return None
-        self._judged = facts
         try:
             found = Artifacts.read(self._settings)
             if found.is_same(self.in_use):
                 return None  # written again, the same
             if found.threshold == self.in_use.threshold and found.bundle.fingerprint != found.threshold.model:
                 self.outcomes["waiting"] += 1
-                log.info(
-                    "a new model %s is there: going on with %s until python -m calibration has made its threshold",
-                    found.bundle.fingerprint[:12], self.in_use.bundle.fingerprint[:12],
-                )  # fmt: skip
+                _say_waiting(found.bundle, self.in_use.bundle)
                 return None
             found.check(self._settings)
         except UserError as reason:
@@ -137,8 +148,50 @@ class ArtifactWatcher:
             log.warning("%s; going on with %s", reason, self.in_use)
             return None
         self.outcomes["taken"] += 1
-        self._judged, self.in_use = found.facts, found
+        self._files.judged, self.in_use = found.facts, found
         return found
+
+
+class ModelWatcher:
+    """Finds a new model for a process that judges nothing. It takes one when consumers do: once its threshold is there.
+
+    `outcomes` as of `ArtifactWatcher`. Where there is no threshold at all, none is waited for.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._files = _Files(settings, file_facts(settings))
+        self.in_use = Bundle.load(settings.model.path)
+        self.outcomes = Counter[str]()
+
+    def poll(self) -> Bundle | None:
+        """Return the new model if there is one that fits; say once why what is new is not taken."""
+        if not self._files.changed():
+            return None
+        path = self._settings.calibration.path
+        try:
+            found = Bundle.load(self._settings.model.path)
+            if found.fingerprint == self.in_use.fingerprint:
+                return None
+            known_lines(self._settings, found)
+            if path.exists() and Threshold.load(path).model != found.fingerprint:
+                self.outcomes["waiting"] += 1
+                _say_waiting(found, self.in_use)
+                return None
+        except UserError as reason:
+            self.outcomes["refused"] += 1
+            log.warning("%s; going on with model %s", reason, self.in_use.fingerprint[:12])
+            return None
+        self.outcomes["taken"] += 1
+        self.in_use = found
+        return found
+
+
+def _say_waiting(found: Bundle, in_use: Bundle) -> None:
+    log.info(
+        "a new model %s is there: going on with %s until python -m calibration has made its threshold",
+        found.fingerprint[:12], in_use.fingerprint[:12],
+    )  # fmt: skip
 
 
 def file_facts(settings: Settings) -> Facts:

@@ -5,6 +5,7 @@ The service's loop hands over a `Status` now and then; a scrape, which runs in a
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ PREFIX = "log_anomaly"
 
 HANGS_AFTER_SECONDS = 300.0
 """A loop that has not come by for so long hangs; a call to Kafka or restoring a large partition takes less."""
+
+OUTCOMES = ("taken", "waiting", "refused")
+"""What became of new models and thresholds."""
 
 _MESSAGES = (1, 10, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 100_000, 1_000_000)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -82,13 +86,41 @@ _COUNTERS = {
 }
 
 
-class Metrics:
-    """Everything that is measured, in a registry of its own."""
+class Vitals(ABC):
+    """What a process measures, in a registry of its own, and whether its loop comes by."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.status = Status()
         self._came_by = time.monotonic()
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether the process does its work."""
+
+    def beat(self) -> None:
+        """Note that the loop came by."""
+        self._came_by = time.monotonic()
+
+    @property
+    def lives(self) -> bool:
+        """Whether the loop came by lately."""
+        return time.monotonic() - self._came_by < HANGS_AFTER_SECONDS
+
+    @abstractmethod
+    def collect(self) -> Iterator[Metric]:
+        """Yield what the last status says; Prometheus' name for it."""
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"{PREFIX}_{name}", text, buckets=_SECONDS, registry=self.registry)
+
+
+class Metrics(Vitals):
+    """Everything that is measured of the detector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.status = Status()
         self.batch_seconds = self._histogram("batch_seconds", "Decoding and judging of one batch of messages.")
         self.batch_messages = Histogram(
             f"{PREFIX}_batch_messages", "Messages of one batch.", buckets=_MESSAGES, registry=self.registry
@@ -101,24 +133,20 @@ class Metrics:
         )
         self.registry.register(self)
 
-    def beat(self) -> None:
-        """Note that the loop came by."""
-        self._came_by = time.monotonic()
-
     @property
-    def lives(self) -> bool:
-        """Whether the loop came by lately."""
-        return time.monotonic() - self._came_by < HANGS_AFTER_SECONDS
+    def ready(self) -> bool:
+        """Whether it is in its group, and its partitions are restored."""
+        return self.status.ready
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what the last status says; Prometheus' name for it."""
+        """Yield what the last status says."""
         status = self.status
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"{PREFIX}_{name}", text, value=status.counts.get(name, 0))
-        yield _counter("alerts", "Alerts published, revisions included.", "severity", status.alerts)
-        yield _counter("dead_letters", "Messages that could not be decoded.", "reason", status.dead_letters)
-        outcomes = {outcome: status.reloads.get(outcome, 0) for outcome in ("taken", "waiting", "refused")}
-        yield _counter("reloads", "New models and thresholds, by what became of them.", "outcome", outcomes)
+        yield counter("alerts", "Alerts published, revisions included.", "severity", status.alerts)
+        yield counter("dead_letters", "Messages that could not be decoded.", "reason", status.dead_letters)
+        outcomes = {outcome: status.reloads.get(outcome, 0) for outcome in OUTCOMES}
+        yield counter("reloads", "New models and thresholds, by what became of them.", "outcome", outcomes)
         thresholds = GaugeMetricFamily(f"{PREFIX}_threshold_nats", "Thresholds in use.", labels=["severity"])
         for severity, threshold in status.levels.items():
             thresholds.add_metric([severity], threshold)
@@ -127,25 +155,27 @@ class Metrics:
         yield InfoMetricFamily(f"{PREFIX}_artifacts", "Model and threshold in use.", value=dict(status.artifacts))
         yield from _partitions(status.partitions)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"{PREFIX}_{name}", text, buckets=_SECONDS, registry=self.registry)
 
-
-def _counter(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
+def counter(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
+    """Return a counter with a value for each value of its label."""
     family = CounterMetricFamily(f"{PREFIX}_{name}", text, labels=[label])
     for value, count in values.items():
         family.add_metric([value], count)
     return family
 
 
+def by_partition(name: str, text: str, values: Mapping[int, float | None]) -> Metric:
+    """Return a gauge with a value for each partition of which it is known."""
+    family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=["partition"])
+    for number, value in values.items():
+        if value is not None:
+            family.add_metric([str(number)], value)
+    return family
+
+
 def _partitions(partitions: Mapping[int, PartitionStatus]) -> Iterator[Metric]:
     def gauge(name: str, text: str, value: Callable[[PartitionStatus], float | None]) -> Metric:
-        family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=["partition"])
-        for number, status in partitions.items():
-            known = value(status)
-            if known is not None:
-                family.add_metric([str(number)], known)
-        return family
+        return by_partition(name, text, {number: value(status) for number, status in partitions.items()})
 
     yield gauge("open_blocks", "Open blocks.", lambda status: status.open_blocks)
     yield gauge("lag_messages", "Messages that have not been read.", lambda status: status.lag)

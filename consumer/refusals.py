@@ -12,7 +12,9 @@ _REMEDIES: Mapping[int, str] = {
     KafkaError._AUTHENTICATION: _LOGIN,  # noqa: SLF001
     KafkaError.SASL_AUTHENTICATION_FAILED: _LOGIN,
     KafkaError.TOPIC_AUTHORIZATION_FAILED: "give the user its rights on this topic (docs/security.md)",
-    KafkaError.GROUP_AUTHORIZATION_FAILED: "give the user Read on the group kafka.consumer.group.id (docs/security.md)",
+    KafkaError.GROUP_AUTHORIZATION_FAILED: (
+        "give the user Read on the group kafka.consumer.group.id, with -rekey at its end for --rekey (docs/security.md)"
+    ),
     KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED: (
         "give the user Write on transactional ids that begin with kafka.consumer.group.id, or set "
         "delivery: at_least_once (docs/security.md)"

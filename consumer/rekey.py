@@ -1,75 +1,62 @@
 """`python -m consumer --rekey`: raw lines from any partitions become events keyed by block, exactly once.
 
 It keeps nothing in memory that a successor would need, so its way to recover is to go back to the committed offset.
-The steps are those of the service without the judging: lines are read and cut, events and dead letters go to the
-delivery, and a commit makes them durable together with the input offsets.
+The steps are those of the service without the judging: lines are read and cut, and wait in the merge until none older
+can come; their events and dead letters go to the delivery, and a commit makes them durable together with the offset of
+the first line of each partition that still waits.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
-from functools import partial
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
 
-import msgspec
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 
-from consumer.clients import client
-from consumer.delivery import Headers, TransactionAborted, delivery_for
-from consumer.events import Undecodable
+from consumer.artifacts import ModelWatcher
+from consumer.cutting import Cut, Cutter
+from consumer.delivery import TransactionAborted, delivery_for
 from consumer.faultpoints import come_by
-from consumer.letters import dead_letter
-from consumer.patience import HOPELESS, Patience, is_passing
+from consumer.merge import Merge
+from consumer.outbox import Outbox
+from consumer.patience import HOPELESS, Patience
+from consumer.places import Places
+from consumer.reading import Reading, lines_consumer
 from consumer.refusals import with_remedy
-from consumer.settings import Settings, milliseconds
-from consumer.text import TextDecoder, known_lines
-from model.bundle import Bundle
+from consumer.rekey_metrics import RekeyMetrics, RekeyStatus
+from consumer.settings import Settings
+from consumer.web import serving
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
 
-SOURCE_HEADER = "line.source"
-"""Header of an event: topic/partition/offset of its line."""
-
-T = TypeVar("T")
-
-_CALL_SECONDS = 10.0
 _REPORT_SECONDS = 60.0
+_STATUS_SECONDS = 1.0
 _LOST_PLACE = {KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION}  # noqa: SLF001 - librdkafka's own
-
-
-class _Event(NamedTuple):
-    """What is to be sent; `time` in milliseconds since 1970."""
-
-    time: int
-    key: bytes
-    value: bytes | None
-    headers: Headers
 
 
 class Rekeyer:
     """One re-keying process: a member of the consumer group `<kafka.consumer.group.id>-rekey`.
 
     Raises:
-        UserError: the model knows no lines, or not as the settings cut them.
+        UserError: there is no model, or it knows no lines, or not as the settings cut them.
     """
 
-    def __init__(self, settings: Settings, bundle: Bundle, patience: Patience) -> None:
+    def __init__(self, settings: Settings, patience: Patience) -> None:
         self._settings = settings
         self._topic = settings.topics.lines
         self.group = f"{settings.kafka.group}-rekey"
-        tokens = bundle.vocabulary.tokens
-        self._decoder = TextDecoder(known_lines(settings, bundle), tokens, milliseconds(settings.windows.max_ahead))
-        self._fields = (settings.events.block_id, settings.events.event_id, settings.events.timestamp)
-        self._known = tokens.keys()
+        self._watcher = ModelWatcher(settings)
+        self._cutter = Cutter(settings, self._watcher.in_use)
+        self._outbox = Outbox(settings)
+        self._metrics = RekeyMetrics()
+        patience.call_while_waiting(self._metrics.beat)
         self._patience = patience
-        self._positions: dict[int, int] = {}
-        self._times: dict[int, int] = {}  # latest of each partition so far
-        self._touched: set[int] = set()
+        self._merge = Merge[Cut]()
+        self._committed: dict[int, int] = {}
+        self._gave_back: set[int] = set()
         self._failure: str | None = None
+        self._joined = False
         self._recovery_due = False
-        self.lines = self.events = self.unmatched = self.dead_letters = 0
 
     def run(self) -> None:
         """Work until a stop is asked for, then commit what is done and leave the group.
@@ -77,23 +64,14 @@ class Rekeyer:
         Raises:
             UserError: Kafka refuses to go on (wrong credentials, missing rights, topic deleted …).
         """
+        with serving(self._metrics, None, self._settings.metrics.listen):
+            self._run()
+
+    def _run(self) -> None:
         self._delivery = delivery_for(self._settings, self._patience)
-        self._consumer = client(
-            Consumer,
-            self._settings,
-            {"log_level": 2}
-            | self._settings.kafka.for_consumer()
-            | {
-                "group.id": self.group,
-                "auto.offset.reset": "error",  # never jump in silence
-                "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
-                "isolation.level": "read_committed",
-                "partition.assignment.strategy": "cooperative-sticky",
-                "error_cb": self._patience.notice,
-            },
-            logger=log,
-        )
+        self._consumer = lines_consumer(self._settings, self.group, self._patience)
+        self._reading = Reading(self._topic, self._consumer, self._merge)
+        self._places = Places(self._settings, self._consumer, self.group, self._patience)
         try:
             self._consumer.subscribe(
                 [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
@@ -107,81 +85,71 @@ class Rekeyer:
             self._delivery.close()
         self._raise_failure()
 
-    def summary(self) -> str:
-        """Return where things stand, in a line."""
-        return (
-            f"{self.lines:,} lines, {self.events:,} events, {self.unmatched:,} of them of no template, "
-            f"{self._decoder.skipped:,} lines without a block, {self.dead_letters:,} dead letters"
+    def status(self) -> RekeyStatus:
+        """Return where things stand."""
+        partitions, ends = self._merge.partitions, self._reading.ends()
+        return RekeyStatus(
+            ready=self._joined,
+            counts=dict(self._outbox.counts),
+            dead_letters=dict(self._outbox.dead_letters),
+            reloads=dict(self._watcher.outcomes),
+            model=self._watcher.in_use.fingerprint,
+            pending={number: self._merge.pending(number) for number in partitions},
+            lag={
+                number: max(0, ends[number] - self._merge.unsent(number)) if number in ends else None
+                for number in partitions
+            },
         )
 
     def _loop(self) -> None:
         interval = self._settings.commit.interval.total_seconds()
         wait = min(self._settings.scoring.max_wait.total_seconds(), interval)
-        now = time.monotonic()
-        commit_at, report_at = now + interval, now + _REPORT_SECONDS
+        reload_interval = self._settings.reload.interval.total_seconds()
+        now = status_at = time.monotonic()
+        commit_at, reload_at, report_at = now + interval, now + reload_interval, now + _REPORT_SECONDS
         while not self._patience.stop_asked:
+            self._metrics.beat()
             try:
-                messages = self._consumer.consume(self._settings.scoring.max_batch, wait)
-                self._raise_failure()
-                if not self._recovery_due:  # else a callback lost the transaction, and they will be read again
-                    self._take(messages)
+                self._read(wait)
                 self._delivery.poll()
                 self._raise_failure()
                 now = time.monotonic()
                 if now >= commit_at and not self._recovery_due:
                     self._commit()
                     commit_at = time.monotonic() + interval
+                if now >= reload_at and not self._recovery_due:
+                    reload_at = now + reload_interval
+                    self._reload()
             except TransactionAborted as reason:
                 log.warning("transaction aborted (%s): going back to what is committed", reason)
                 self._recovery_due = True
             if self._recovery_due:
                 self._recover()
+            if now >= status_at:
+                self._metrics.status = self.status()
+                status_at = now + _STATUS_SECONDS
             if now >= report_at:
-                log.info("%s", self.summary())
+                self._report()
                 report_at = now + _REPORT_SECONDS
 
-    def _take(self, messages: Iterable[Message]) -> None:
-        """Cut lines; events go to the delivery in the order of their times, dead letters as they come.
+    def _report(self) -> None:
+        status = self.status()
+        lag = sum(known or 0 for known in status.lag.values())
+        log.info("%s; lag %s, %s of it pending", status, f"{lag:,}", f"{sum(status.pending.values()):,}")
 
-        Lines of one block may lie in several partitions. Those of a partition keep their order: a line that is stamped
-        earlier than one before it there counts as old as that one.
-        """
-        events: list[tuple[int, int, _Event]] = []
-        for message in messages:
-            if message.error():
-                self._on_message_error(message.error(), message.partition())
-                continue
-            partition, offset = message.partition(), message.offset()
-            if offset < self._positions.get(partition, offset + 1):
-                continue  # no longer ours, or seen before a rebalance gave the partition back
-            self._positions[partition] = offset + 1
-            self._touched.add(partition)
+    def _read(self, wait: float) -> None:
+        """Take in what comes while waiting for no longer than `wait`, and send what need not wait any more."""
+        self._gave_back.clear()
+        messages, waited = self._reading.consume(self._settings.scoring.max_batch, wait)
+        self._raise_failure()
+        if self._recovery_due:
+            return  # a callback lost the transaction, and they will be read again
+        for failed in self._reading.take(messages, waited, self._cutter):
+            self._on_message_error(failed.error(), failed.partition())
+        for cut in self._merge.release():
             self._patience.uncommitted += 1
-            self.lines += 1
-            sent = message.timestamp()[1]
-            try:
-                for event in self._events(message, sent):
-                    latest = self._times[partition] = max(event.time, self._times.get(partition, event.time))
-                    events.append((latest, sent, event))
-            except Undecodable as reason:
-                self.dead_letters += 1
-                self._delivery.send(self._settings.topics.dead_letters, *dead_letter(message, str(reason)))
-        for _, _, event in sorted(events, key=lambda item: item[:2]):
-            self._delivery.send(self._settings.topics.events, event.value, event.key, event.headers)
-
-    def _events(self, message: Message, sent: int) -> Iterator["_Event"]:
-        key, line = message.key(), message.value()
-        source: Headers = [(SOURCE_HEADER, f"{self._topic}/{message.partition()}/{message.offset()}".encode())]
-        if line is None:
-            if key is None:
-                raise Undecodable("neither key nor value")
-            yield _Event(self._times.get(message.partition(), sent), key, None, source)  # the block of this key is over
-            return
-        for block, event, time_ms in self._decoder.rows(line, sent):
-            value = msgspec.json.encode(dict(zip(self._fields, (block, event, time_ms), strict=True)))
-            yield _Event(time_ms, block.encode(), value, source)
-            self.events += 1
-            self.unmatched += event not in self._known
+            self._outbox.send(cut, self._delivery)
+        self._reading.balance()
 
     def _commit(self) -> None:
         """Make durable what was sent, and that its lines were read.
@@ -189,76 +157,69 @@ class Rekeyer:
         Raises:
             TransactionAborted: nothing was made durable.
         """
-        offsets = [TopicPartition(self._topic, partition, self._positions[partition]) for partition in self._touched]
-        if not offsets:
+        sent = {number: self._merge.unsent(number) for number in self._merge.partitions}
+        sent = {number: offset for number, offset in sent.items() if offset != self._committed[number]}
+        if not sent:
             return
-        self._delivery.commit(self._consumer, offsets, ())
+        offsets = [TopicPartition(self._topic, number, offset) for number, offset in sent.items()]
+        with self._metrics.commit_seconds.time():
+            self._delivery.commit(self._consumer, offsets, ())
+        self._committed |= sent
         self._patience.uncommitted = 0
-        self._touched.clear()
+
+    def _reload(self) -> None:
+        """Take a new model if there is one; what is pending was cut by the old one, and is read again.
+
+        Raises:
+            TransactionAborted: as `_commit`; the new model has been taken.
+        """
+        bundle = self._watcher.poll()
+        if bundle is None:
+            return
+        log.info("now model %s", bundle.fingerprint[:12])
+        self._cutter = Cutter(self._settings, bundle)
+        self._recovery_due = True
+        self._commit()
+        come_by("reload")
 
     def _recover(self) -> None:
         """Go back to what is committed, in all partitions."""
-        self._delivery.abort()  # whatever it still holds will be cut and sent again
+        self._delivery.abort()  # whatever it still holds will be sent again
         self._recovery_due = False
         self._patience.uncommitted = 0
-        self._touched.clear()
-        for where in self._starts(list(self._positions)):
+        partitions = self._merge.partitions
+        self._forget(partitions)
+        for where in self._begin(partitions):
             # Nothing is fetched any more where the place was lost, and a seek would not change that.
             self._consumer.incremental_unassign([where])
             self._consumer.incremental_assign([where])
 
-    def _starts(self, partitions: Sequence[int]) -> list[TopicPartition]:
+    def _begin(self, partitions: Sequence[int]) -> list[TopicPartition]:
         """Note and return where to read on in each partition."""
-        if not partitions:
-            return []
-        wanted = [TopicPartition(self._topic, partition) for partition in partitions]
-        starts = []
-        with closing(self._asker()) as asker:  # the group's own client must not be asked this in its callbacks
-            for found in self._patiently(asker, lambda: _committed(self._consumer, wanted)):
-                low, high = self._patiently(asker, partial(_bounds, asker, self._topic, found.partition))
-                starts.append(TopicPartition(self._topic, found.partition, self._start(found, low, high)))
-                self._positions[found.partition] = starts[-1].offset
-                self._times.pop(found.partition, None)
+        starts = self._places.starts(partitions)
+        for start in starts:
+            self._merge.assign(start.partition, start.offset)
+            self._committed[start.partition] = start.offset
         return starts
 
-    def _asker(self) -> Consumer:
-        own = {"group.id": self.group, "log_level": 2, "error_cb": self._patience.notice}  # it never joins
-        return Consumer(self._settings.kafka.for_consumer() | own, logger=log)
-
-    def _start(self, committed: TopicPartition, low: int, high: int) -> int:
-        where = f"{self._topic}/{committed.partition}"
-        if committed.offset > high:
-            log.warning("%s: the topic was made anew: reading it from its beginning", where)
-            return low
-        if committed.offset < 0:
-            policy = str(self._settings.kafka.for_consumer().get("auto.offset.reset", "earliest"))
-            return high if policy in {"latest", "largest", "end"} else low
-        if committed.offset < low:
-            log.warning(
-                "%s: lines %d to %d were deleted before they were read; keep lines for longer than this process may "
-                "be away", where, committed.offset, low - 1,
-            )  # fmt: skip
-        return max(committed.offset, low)
-
-    def _patiently(self, asker: Consumer, call: Callable[[], T]) -> T:
-        """Make a call again while brokers are away or busy: a predecessor's transaction may have to time out first."""
-        while True:
-            try:
-                return call()
-            except KafkaException as error:
-                if not is_passing(error.args[0]):
-                    raise UserError(f"kafka: {with_remedy(error.args[0])}") from None
-                asker.poll(0.1)  # a pause in which the client tells its troubles
-                self._patience.retry(error.args[0])
+    def _forget(self, partitions: Sequence[int]) -> None:
+        """Drop what is pending of partitions; whoever has them next reads it again."""
+        self._reading.forget(partitions)
+        for number in partitions:
+            self._committed.pop(number, None)
 
     def _on_assign(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
+        numbers = [assigned.partition for assigned in partitions]
         try:
-            consumer.incremental_assign(self._starts([assigned.partition for assigned in partitions]))
+            consumer.incremental_assign(self._begin(numbers))
         except UserError as error:  # a callback cannot raise through librdkafka
             self._failure = str(error)
             return
+        self._joined = True
+        # What was read before, and is about to be handed over, went on from what was pending then.
+        self._recovery_due |= not self._gave_back.isdisjoint(numbers)
         come_by("rebalance")
-        log.info("assigned partitions %s", _numbers(partitions))
+        log.info("assigned partitions %s", _listed(partitions))
 
     def _on_revoke(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
@@ -269,26 +230,24 @@ class Rekeyer:
             self._recovery_due = True
         except UserError as error:
             self._failure = str(error)
-        self._drop(partitions)
-        consumer.incremental_unassign(partitions)
+        self._give_back(consumer, partitions)
         come_by("rebalance")
-        log.info("gave back partitions %s", _numbers(partitions))
+        log.info("gave back partitions %s", _listed(partitions))
 
     def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
             self._delivery.abort()
         except UserError as error:
             self._failure = str(error)
-        self._drop(partitions)
         self._recovery_due = True  # what else was in the transaction is gone with it
-        consumer.incremental_unassign(partitions)
-        log.warning("lost partitions %s: another member has them now", _numbers(partitions))
+        self._give_back(consumer, partitions)
+        log.warning("lost partitions %s: another member has them now", _listed(partitions))
 
-    def _drop(self, partitions: Iterable[TopicPartition]) -> None:
-        for dropped in partitions:
-            self._positions.pop(dropped.partition, None)
-            self._times.pop(dropped.partition, None)
-            self._touched.discard(dropped.partition)
+    def _give_back(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
+        numbers = [given.partition for given in partitions]
+        self._gave_back.update(numbers)
+        self._forget(numbers)
+        consumer.incremental_unassign(partitions)
 
     def _raise_failure(self) -> None:
         self._patience.check()
@@ -303,18 +262,5 @@ class Rekeyer:
         self._recovery_due |= error.code() in _LOST_PLACE
 
 
-def _bounds(asker: Consumer, topic: str, partition: int) -> tuple[int, int]:
-    """Return the first offset of a partition, and the one after its last."""
-    return asker.get_watermark_offsets(TopicPartition(topic, partition), timeout=_CALL_SECONDS)
-
-
-def _committed(consumer: Consumer, wanted: Sequence[TopicPartition]) -> list[TopicPartition]:
-    found: list[TopicPartition] = consumer.committed(list(wanted), timeout=_CALL_SECONDS)
-    for place in found:
-        if place.error is not None:
-            raise KafkaException(place.error)
-    return found
-
-
-def _numbers(partitions: Iterable[TopicPartition]) -> str:
+def _listed(partitions: Iterable[TopicPartition]) -> str:
     return ", ".join(str(number) for number in sorted(partition.partition for partition in partitions)) or "none"

@@ -33,7 +33,7 @@ from consumer.refusals import with_remedy
 from consumer.rehearsal import rehearse
 from consumer.restore import Restorer, Start
 from consumer.settings import Settings
-from consumer.web import WebServer
+from consumer.web import serving
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
@@ -95,15 +95,8 @@ class Service:
         Raises:
             UserError: Kafka refuses to go on (wrong credentials, missing rights, topic deleted …).
         """
-        listen = self._settings.metrics.listen
-        server = WebServer(self._metrics, self._board, listen) if listen else None
-        if server:
-            log.info("metrics are at http://%s/metrics, the status page is at /", server.address)
-        try:
+        with serving(self._metrics, self._board, self._settings.metrics.listen):
             self._run()
-        finally:
-            if server:
-                server.close()
 
     def _run(self) -> None:
         rehearse(self._watcher.in_use, self._settings)

@@ -26,6 +26,8 @@ _REFUSED = HOPELESS | {KafkaError._SSL}  # noqa: SLF001 - librdkafka's own
 """Not worth another try by a process that has not started yet. One that runs waits until a certificate is renewed."""
 
 
+READ, WRITE = AclOperation.READ, AclOperation.WRITE
+
 STATE_CONFIG = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2", "segment.ms": "600000"}
 """Of the state topic: small segments, so that outdated records go soon and restoring stays quick."""
 
@@ -176,14 +178,12 @@ def check_state_topic(settings: Settings) -> None:
         )
 
 
-def check_rights(settings: Settings) -> None:
-    """Make sure that the user may do with each topic what the consumer will do, before it is in the middle of it.
+def check_rights(settings: Settings, needed: Mapping[str, set[AclOperation]]) -> None:
+    """Make sure that the user may do with each topic what the process will do, before it is in the middle of it.
 
     Raises:
         UserError: rights are missing; the message names all of them.
     """
-    topics, read, write = settings.topics, AclOperation.READ, AclOperation.WRITE
-    needed = {topics.events: {read}, topics.alerts: {write}, topics.dead_letters: {write}, topics.state: {read, write}}
     if _is_mock(_cluster(settings)):
         return  # it knows no such question
     admin = _admin(settings)

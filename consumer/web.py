@@ -1,8 +1,10 @@
 """What the consumer serves over HTTP: a status page for people, metrics for Prometheus, probes for orchestrators."""
 
+import logging
 import re
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -16,8 +18,10 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import make_wsgi_app
 
 from consumer.board import Board
-from consumer.metrics import Metrics
+from consumer.metrics import Vitals
 from model.errors import UserError
+
+log = logging.getLogger("consumer")
 
 _TEXT = "text/plain; charset=utf-8"
 
@@ -52,14 +56,14 @@ class WebServer:
 
     Args:
         metrics: for machines.
-        board: for people.
+        board: for people; None where there is no page for them.
         listen: host:port; port 0 takes any free one, which `address` tells.
 
     Raises:
         UserError: the address cannot be had.
     """
 
-    def __init__(self, metrics: Metrics, board: Board, listen: str) -> None:
+    def __init__(self, metrics: Vitals, board: Board | None, listen: str) -> None:
         self._metrics, self._board = metrics, board
         self._scrape = make_wsgi_app(metrics.registry)
         host, _, port = listen.rpartition(":")
@@ -91,17 +95,34 @@ class WebServer:
             status = "421 Misdirected Request"
         elif method not in ("GET", "HEAD"):
             status = "405 Method Not Allowed"
-        elif path == "/":
+        elif path == "/" and self._board:
             kind, body = "text/html; charset=utf-8", _page()
-        elif path == "/status.json":
+        elif path == "/status.json" and self._board:
             kind, body = "application/json", self._board.encode(_after(environ))
         else:
-            probes = {"/healthz": self._metrics.lives, "/readyz": self._metrics.lives and self._metrics.status.ready}
+            probes = {"/healthz": self._metrics.lives, "/readyz": self._metrics.lives and self._metrics.ready}
             status = {True: "200 OK", False: "503 Service Unavailable", None: "404 Not Found"}[probes.get(path)]
         if kind == _TEXT:
             body = status.partition(" ")[2].encode() + b"\n"
         start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body))), *_headers()])
         return [] if method == "HEAD" else [body]
+
+
+@contextmanager
+def serving(metrics: Vitals, board: Board | None, listen: str | None) -> Iterator[None]:
+    """Serve at an address as long as the context lasts; do nothing if there is none.
+
+    Raises:
+        UserError: as `WebServer`.
+    """
+    server = WebServer(metrics, board, listen) if listen else None
+    if server:
+        log.info("metrics are at http://%s/metrics%s", server.address, ", the status page is at /" if board else "")
+    try:
+        yield
+    finally:
+        if server:
+            server.close()
 
 
 @cache

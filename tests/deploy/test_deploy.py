@@ -12,6 +12,7 @@ import yaml
 
 from consumer.board import Board
 from consumer.metrics import Metrics, PartitionStatus, Status
+from consumer.rekey_metrics import RekeyMetrics, RekeyStatus
 from consumer.settings import Settings, load_settings
 from consumer.web import WebServer
 from model.config import load
@@ -34,9 +35,13 @@ def documents(*paths):
     return [document for path in paths for document in yaml.safe_load_all(path.read_text())]
 
 
-def manifest(kind):
-    (found,) = (document for document in documents(*MANIFESTS) if document["kind"] == kind)
-    return found
+def manifest(kind, name=None):
+    """Return the manifest of a kind, if there are several that of the consumers."""
+    found = {item["metadata"]["name"]: item for item in documents(*MANIFESTS) if item["kind"] == kind}
+    return found[name or ("log-anomaly" if len(found) > 1 else next(iter(found)))]
+
+
+DEPLOYMENTS = ("log-anomaly", "log-anomaly-rekey")
 
 
 @pytest.fixture
@@ -90,13 +95,25 @@ def test_settings_in_the_deployment_are_settings(consumers_settings):
 def test_image_probes_and_prometheus_agree_on_the_port():
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     assert "EXPOSE 9108" in dockerfile
-    (container,) = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
-    assert container["ports"] == [{"name": "metrics", "containerPort": 9108}]
-    for probe, path in (("startupProbe", "/healthz"), ("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")):
-        assert container[probe]["httpGet"] == {"path": path, "port": "metrics"}
-    (scrape,) = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
-    assert scrape["dns_sd_configs"][0]["port"] == 9108
-    assert scrape["dns_sd_configs"][0]["names"][0] in yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    for name in DEPLOYMENTS:
+        (container,) = manifest("Deployment", name)["spec"]["template"]["spec"]["containers"]
+        assert container["ports"] == [{"name": "metrics", "containerPort": 9108}]
+        for probe, path in (("startupProbe", "/healthz"), ("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")):
+            assert container[probe]["httpGet"] == {"path": path, "port": "metrics"}
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    scrapes = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    assert [scrape["job_name"] for scrape in scrapes] == list(DEPLOYMENTS)
+    for scrape in scrapes:
+        assert scrape["dns_sd_configs"][0]["port"] == 9108
+        assert scrape["dns_sd_configs"][0]["names"][0] in services
+
+
+def test_the_rekeyer_is_told_to_be_one():
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    (container,) = manifest("Deployment", "log-anomaly-rekey")["spec"]["template"]["spec"]["containers"]
+    for arguments in (services["rekey"]["command"], container["args"]):
+        assert arguments[:2] == ["consumer", "--config"]
+        assert arguments[3:] == ["--rekey"]
 
 
 def test_the_healthcheck_tells_a_loop_that_runs_from_one_that_hangs():
@@ -128,11 +145,16 @@ def test_keda_scales_what_is_deployed_by_the_lag_of_its_group_up_to_its_partitio
     assert trigger["authenticationRef"]["name"] == manifest("TriggerAuthentication")["metadata"]["name"]
 
 
-def test_what_pods_refer_to_exists():
-    pod = manifest("Deployment")["spec"]["template"]
-    secret, labels = manifest("Secret"), pod["metadata"]["labels"]
-    assert manifest("Deployment")["spec"]["selector"]["matchLabels"] == labels
-    assert manifest("PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == labels
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_what_pods_refer_to_exists(name):
+    deployment = manifest("Deployment", name)
+    pod, secret = deployment["spec"]["template"], manifest("Secret")
+    assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    assert pod["metadata"]["labels"] == {"app.kubernetes.io/name": name}
+    (let_in,) = manifest("NetworkPolicy")["spec"]["podSelector"]["matchExpressions"]
+    assert name in let_in["values"]
+    if name == "log-anomaly":
+        assert manifest("PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
     (container,) = pod["spec"]["containers"]
     asked = [value["valueFrom"]["secretKeyRef"] for value in container["env"] if "valueFrom" in value]
     asked += [item for volume in pod["spec"]["volumes"] if "secret" in volume for item in volume["secret"]["items"]]
@@ -156,7 +178,7 @@ def test_the_secret_is_a_form_without_a_secret():
 
 @pytest.fixture(scope="module")
 def known_metrics():
-    """The names of all series that a consumer with partitions shows."""
+    """The names of all series that a consumer with partitions shows, and a re-keyer."""
     metrics = Metrics()
     drift = {"tail": 0.1, "body": 0.1}
     partition = PartitionStatus(open_blocks=1, watermark=1, lag=1, catch_up=0, drift=drift, alarm=None)
@@ -167,7 +189,10 @@ def known_metrics():
         artifacts={"model": "m"},
         partitions={0: partition},
     )
-    return {sample.name for family in metrics.registry.collect() for sample in family.samples}
+    rekey = RekeyMetrics()
+    rekey.status = RekeyStatus(pending={0: 1}, lag={0: 1})
+    families = (*metrics.registry.collect(), *rekey.registry.collect())
+    return {sample.name for family in families for sample in family.samples}
 
 
 def queries(path):

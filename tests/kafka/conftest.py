@@ -18,8 +18,11 @@ from calibration.block_scores import block_scores
 from calibration.calibrate import calibrate
 from consumer.settings import load_settings
 from model.bundle import Bundle
-from model.config import ModelSettings, TrainingSettings
+from model.config import EventSettings, ModelSettings, TrainingSettings
+from model.lines import LineFormat, LineRules
+from model.network import Autoencoder, Shape
 from model.scoring import Scorer
+from model.templates import event_id
 from model.training import train
 from model.vocabulary import Vocabulary
 from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
@@ -65,6 +68,17 @@ def artifacts(tmp_path_factory):
     scores = block_scores(simulate(800, 0.0, 2).sessions(), scorer, every=1).blocks
     day = 24 * 3600 * 1000
     calibrate(scores, scorer, quantile=0.95, every=1, idle_timeout_ms=day).save(folder / "threshold.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def knows_lines(tmp_path_factory):
+    """A model, never trained, that knows two templates of raw lines."""
+    folder = tmp_path_factory.mktemp("knows-lines")
+    templates = ("drop <BLOCK>", "start <BLOCK> size <NUMBER>")
+    vocabulary = Vocabulary(tuple(sorted(map(event_id, templates))))
+    network = Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16)).eval()
+    Bundle(network, vocabulary, {}, LineFormat(LineRules.of(EventSettings()), templates)).save(folder / "model")
     return folder
 
 
@@ -131,7 +145,9 @@ class Line:
 
     def produce(self, messages, topic=None):
         """Send (key, value) messages, each with its own partition if it has a third part."""
-        producer = Producer({"bootstrap.servers": self.bootstrap, "linger.ms": 20, "log_level": 0})
+        producer = Producer(
+            {"bootstrap.servers": self.bootstrap, "linger.ms": 20, "enable.idempotence": True, "log_level": 0}
+        )
         for key, value, *partition in messages:
             place = {"partition": partition[0]} if partition else {}
             producer.produce(topic or self.settings.topics.events, value, key, **place)

@@ -1,31 +1,21 @@
 """Unkeyed lines become keyed events on a real Kafka: nothing lost, nothing twice, whatever is killed."""
 
+import datetime as dt
 import json
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 
 import pytest
 
-from consumer.rekey import SOURCE_HEADER
-from model.bundle import Bundle
-from model.config import EventSettings
-from model.lines import LineFormat, LineRules
-from model.network import Autoencoder, Shape
+from consumer.outbox import SOURCE_HEADER
+from consumer.topics import TopicSpec, ensure_topics
 from model.templates import event_id
-from model.vocabulary import Vocabulary
+from scripts.local_kafka import free_port
 
-TEMPLATES = ("drop <BLOCK>", "start <BLOCK> size <NUMBER>")
-DROP, START = map(event_id, TEMPLATES)
-
-
-@pytest.fixture(scope="module")
-def knows_lines(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("knows-lines")
-    vocabulary = Vocabulary(tuple(sorted((DROP, START))))
-    network = Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16)).eval()
-    Bundle(network, vocabulary, {}, LineFormat(LineRules.of(EventSettings()), TEMPLATES)).save(folder / "model")
-    return folder
+DROP, START = map(event_id, ("drop <BLOCK>", "start <BLOCK> size <NUMBER>"))
 
 
 def lines(begin, end):
@@ -98,6 +88,73 @@ def test_each_line_becomes_its_events_once_whatever_is_killed(line, knows_lines)
     letters = made.read(topics.dead_letters)
     assert len(letters) == sum(events is None for _, events in written)
     assert all(b"longer than 1024 bytes" in dict(letter.headers())["dead_letter.reason"] for letter in letters)
+
+
+def timed(second):
+    """Return a line of its own second; every 50 of them are of as many blocks."""
+    moment = dt.datetime(2008, 11, 9, tzinfo=dt.UTC) + dt.timedelta(seconds=second)
+    return f"{moment:%y%m%d %H%M%S} 7 INFO dfs.X: start blk_{second % 50} size {second}"
+
+
+BACKLOGS = {
+    "spread": lambda second: second % 3,
+    "one partition is behind, one is empty": lambda second: 1 - second // 25_000,
+}
+"""The partition of each of the lines; in the second case the other one has to be paused before it may be sent."""
+
+
+@pytest.mark.parametrize(
+    ("backlog", "fault"),
+    [("spread", ""), ("spread", "before_commit:3"), ("one partition is behind, one is empty", "")],
+)
+def test_a_backlog_comes_out_in_the_order_of_its_times(line, knows_lines, backlog, fault):
+    made = line(model={"path": str(knows_lines / "model")}, commit={"interval": "50ms"}, scoring={"max_batch": 500})
+    topics = made.settings.topics
+    ensure_topics(made.settings, [TopicSpec(topics.lines)])
+    made.produce([(None, timed(second), BACKLOGS[backlog](second)) for second in range(40_000)], topics.lines)
+    process = made.start_consumer(fault, ["--rekey"])
+    if fault:
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        assert 0 < len(made.read(topics.events)) < 40_000, "in the middle"
+        process = made.start_consumer(options=["--rekey"])
+    made.wait_for(lambda: "assigned" in process.log.read_text(), what="joining")
+    made.wait_for(lambda: made.lag(topics.lines, f"{made.name}-rekey") == 0, what="committing all lines")
+    assert made.stop(process)[0] == 0, process.log.read_text()
+    assert "40,000 lines" in process.log.read_text() or fault
+
+    found = {}
+    for message in made.read(topics.events):
+        found.setdefault(message.key(), []).append(json.loads(message.value())["timestamp"])
+    assert len(found) == 50
+    for times in found.values():
+        assert len(times) == 800, "none is lost, none comes twice"
+        assert times == sorted(times)
+
+
+def test_a_line_does_not_wait_for_partitions_that_are_at_their_end_and_numbers_are_served(line, knows_lines):
+    address = f"127.0.0.1:{free_port()}"
+    made = line(model={"path": str(knows_lines / "model")}, metrics={"listen": address})
+    topics = made.settings.topics
+
+    def get(path):
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=10) as answer:
+            return answer.read().decode()
+
+    process = made.start_consumer(options=["--rekey"])
+    made.wait_for(lambda: "assigned" in process.log.read_text(), what="joining")
+    for count in range(1, 4):
+        made.produce([(None, timed(count), 1)], topics.lines)
+        written = time.monotonic()
+        made.wait_for(lambda many=count: len(made.read(topics.events)) == many, what="sending it")
+        assert time.monotonic() - written < 2
+    made.wait_for(lambda: "log_anomaly_rekey_lines_total 3.0" in get("/metrics"), what="counting")
+    assert 'log_anomaly_rekey_lag_messages{partition="1"} 0.0' in get("/metrics")
+    assert get("/healthz") == get("/readyz") == "OK\n"
+    with pytest.raises(urllib.error.HTTPError, match="404") as caught:
+        get("/")
+    caught.value.close()
+    assert made.stop(process)[0] == 0
+    assert "no line for" not in process.log.read_text()
 
 
 def test_tombstones_go_through_and_settings_that_do_not_fit_are_refused(line, knows_lines):

@@ -110,10 +110,10 @@ class Secured:
             "ssl.ca.location": str(self.folder / "authority.pem"),
         } | changes
 
-    def prepare(self, made, without=None):
-        """Create a line's topics and give the rights that the page names, but one."""
+    def prepare(self, made, without=None, process="consumer"):
+        """Create a line's topics and give the rights that the page names for a process, but one."""
         topics = made.settings.topics
-        names = (topics.events, topics.alerts, topics.dead_letters, topics.state)
+        names = (topics.lines, topics.events, topics.alerts, topics.dead_letters, topics.state)
         for future in self.admin.create_topics(
             [
                 NewTopic(name, 3, 1, config={"cleanup.policy": "compact" if "state" in name else "delete"})
@@ -121,20 +121,22 @@ class Secured:
             ]
         ).values():
             future.result(10)
-        bindings = [binding for what, binding in documented(made) if what != without]
-        assert len(bindings) == 8 - (without is not None)
+        bindings = [binding for what, binding in documented(made, process) if what != without]
+        assert len(bindings) == {"consumer": 8, "rekey": 5}[process] - (without is not None)
         for future in self.admin.create_acls(bindings).values():
             future.result(10)
 
 
-def documented(made):
-    """Yield what each kafka-acls.sh command of the page gives a line's user: (operation, on what), and the ACL."""
+def documented(made, process):
+    """Yield what each kafka-acls.sh command of the page gives a process's user: (operation, on what), and the ACL."""
     names = {
+        "log-lines": made.settings.topics.lines,
         "log-events": made.settings.topics.events,
         "log-anomaly-alerts": made.settings.topics.alerts,
         "log-anomaly-dead-letters": made.settings.topics.dead_letters,
         "log-anomaly-state": made.settings.topics.state,
         "log-anomaly-transformer": made.name,
+        "log-anomaly-transformer-rekey": f"{made.name}-rekey",
         "log-anomaly-transformer-": f"{made.name}-",
     }
     parser = argparse.ArgumentParser()
@@ -142,7 +144,9 @@ def documented(made):
     parser.add_argument("--resource-pattern-type", default="literal")
     for kind in (ResourceType.TOPIC, ResourceType.GROUP, ResourceType.TRANSACTIONAL_ID):
         parser.add_argument(f"--{kind.name.lower().replace('_', '-')}", dest=kind.name)
-    for command in re.findall(r"^\$acls (.*)$", PAGE.read_text(), re.MULTILINE):
+    blocks = [block for block in PAGE.read_text().split("```") if "\n$acls " in block]
+    (block,) = (block for block in blocks if ("-rekey" in block) == (process == "rekey"))
+    for command in re.findall(r"^\$acls (.*)$", block, re.MULTILINE):
         given = vars(parser.parse_args(shlex.split(command)))
         pattern = ResourcePatternType[given.pop("resource_pattern_type").upper()]
         operations = given.pop("operation")
@@ -169,9 +173,9 @@ def secured_line(secured, line, monkeypatch):
     """Make lines whose consumers use the secured listener, and whose tests use the plain one."""
     monkeypatch.setenv("KAFKA_PASSWORD", SECRET)
 
-    def make(without=None, delivery="exactly_once", **kafka):
-        made = line(broker=secured.broker, kafka=secured.settings(**kafka), delivery=delivery)
-        secured.prepare(made, without)
+    def make(without=None, delivery="exactly_once", process="consumer", changes=None, **kafka):
+        made = line(broker=secured.broker, kafka=secured.settings(**kafka), delivery=delivery, **(changes or {}))
+        secured.prepare(made, without, process)
         return made
 
     return make
@@ -201,6 +205,34 @@ def test_with_the_documented_rights_alerts_are_published(secured_line, mechanism
     assert len({message.value() for message in alerts}) == len(alerts), "none twice"
     assert len(made.read(made.settings.topics.dead_letters)) == 1
     assert SECRET not in process.log.read_text(), "even with librdkafka's debugging"
+
+
+def test_with_the_documented_rights_lines_are_rekeyed(secured_line, knows_lines):
+    made = secured_line(process="rekey", changes={"model": {"path": str(knows_lines / "model")}})
+    topics = made.settings.topics
+    process = made.start_consumer(options=["--rekey"])
+    made.wait_for(lambda: "assigned" in process.log.read_text(), what="joining")
+    lines = [f"081109 2035{number:02} 7 INFO dfs.X: drop blk_{number}" for number in range(30)]
+    made.produce([(None, text, number % 3) for number, text in enumerate(lines)] + [(None, None, 0)], topics.lines)
+    made.wait_for(lambda: made.lag(topics.lines, f"{made.name}-rekey") == 0, what="committing all lines")
+    assert made.stop(process)[0] == 0, process.log.read_text()
+    assert len(made.read(topics.events)) == 30
+    assert len(made.read(topics.dead_letters)) == 1
+    assert SECRET not in process.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        (("Write", "log-events"), "may neither see nor create topic .*-events"),
+        (("Read", "log-anomaly-transformer-rekey"), "Group authorization failed.*give the user Read.*-rekey"),
+    ],
+)
+def test_a_right_that_the_rekeyer_lacks_is_one_sentence(secured_line, knows_lines, without, said):
+    made = secured_line(without, process="rekey", changes={"model": {"path": str(knows_lines / "model")}})
+    done = made.run("consumer", "--rekey", check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(f"error: .*{said}", done.stderr)
 
 
 MISTAKES = {
