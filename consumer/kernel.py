@@ -52,7 +52,7 @@ LOOK = np.dtype(
         ("count", np.int64),  # events of the session so far
         ("closing", np.bool_),
         ("evicted", np.bool_),  # closed to make room, not by its own events
-        ("hash", np.uint64),  # of the network's input: equal windows have equal hashes
+        ("hash", np.uint64),  # of the network's input: equal windows have equal hashes, in one process
         ("first_offset", np.int64),  # of the session
         ("first_time", np.int64),
         ("last_offset", np.int64),
@@ -92,6 +92,7 @@ class Columns(NamedTuple):
     rows: NDArray[np.uint16]
     offsets: NDArray[np.int64]
     times: NDArray[np.int64]
+    seed: np.uint64  # of the hashes
 
 
 @njit(cache=True)
@@ -285,7 +286,7 @@ def _look(sessions, window, slot, closing, evicted, looks, at):
     row = looks.rows[at]
     length = read(sessions, window, slot, row[1:], looks.offsets[at], looks.times[at])
     row[0] = BOS
-    digest = np.uint64(0x9E3779B97F4A7C15)
+    digest = looks.seed
     for k in range(1, 1 + length):
         digest = mix(digest, row[k])
     used = 1 + length

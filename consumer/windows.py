@@ -8,6 +8,7 @@ The outcome is a function of the event sequence alone: how it is cut into batche
 expiry is decided event by event, and why a block's event first expires the block's own session.
 """
 
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,9 @@ from consumer.records import EVENT_BYTES, HEAD, VERSION, SessionState, StoredSes
 
 STORED = ("count", "seen", "first_offset", "first_time", "last_offset", "last_time", "level")
 """What sessions and their records both have."""
+
+_SEED = np.uint64(secrets.randbits(64))
+"""Nobody who does not know it can make two windows of one hash, and so hide one behind the other's score."""
 
 MAX_LOOKS = 16_384
 """Looks handed out at a time, which bounds memory however many sessions close at once."""
@@ -319,7 +323,7 @@ class WindowStore:
         by_clock: bool = False,
     ) -> Iterator[Looks]:
         looks = self._buffer()
-        columns = Columns(looks.facts, looks.rows, looks.offsets, looks.times)
+        columns = Columns(looks.facts, looks.rows, looks.offsets, looks.times, _SEED)
         closed: dict[int, int] = {}
         done = 0
         while done < len(slots):
