@@ -24,7 +24,7 @@ SHELL = """
 PATH=/nowhere LOG_DATA=/data
 source() { :; }
 cd() { :; }
-command_not_found_handle() { printf '%s\\037' "$@"; printf '\\036'; }
+command_not_found_handle() { printf -v words '%s\\037' "$@"; printf '%s\\036' "$words"; }
 """
 
 
