@@ -246,6 +246,20 @@ def test_each_distinct_window_is_scored_once(scorer, make_threshold):
     assert detector.open_blocks == 50
 
 
+def test_explanations_are_bounded_by_themselves(scorer, make_threshold, monkeypatch):
+    """They take sixty times the memory of a score, so `cache_windows` says nothing of them."""
+    monkeypatch.setattr("consumer.scores._EXPLAINED_EVENTS", 5 * scorer.bundle.window)
+    detector = Detector(scorer, make_threshold(0.0), topic="logs", cache_windows=1_000_000)
+    detector.assign(0)
+    held, total = [], 0
+    for first in range(0, 256, 4):
+        names = [NAMES[first >> 2 * place & 3] for place in range(4)]
+        total += len(detector.process({0: batch_of(scorer.bundle, [(f"b{first}", name, 0) for name in names], first)}))
+        held.append(len(detector._scores._explained))
+    assert total > 50
+    assert max(held) == 5
+
+
 def test_partitions_are_independent_and_go_with_their_sessions(scorer, make_threshold):
     detector = Detector(scorer, make_threshold(0.0, idle_timeout_ms=10**6), topic="logs", cache_windows=1000)
     for partition in (0, 1):
