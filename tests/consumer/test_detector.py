@@ -1,5 +1,6 @@
 """Alerts: what is said, when it is said again, and that batches, partitions and caches change nothing."""
 
+import dataclasses
 import itertools
 import json
 
@@ -9,12 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumer.alerts import schema
+from consumer.alerts import fitting, schema
 from consumer.detector import Detector
 from consumer.events import TOMBSTONE, EventBatch
 from consumer.records import DriftState, StoredSessions
 from consumer.settings import DriftSettings
-from model.vocabulary import BOS, END, PAD, UNK
+from model.bundle import Bundle
+from model.network import Autoencoder, Shape
+from model.scoring import Scorer
+from model.vocabulary import BOS, END, PAD, UNK, Vocabulary
 
 TOUCHY = DriftSettings(failing_share=0, batch=3, false_alarm_every=100)
 """So that drift shows within a short stream."""
@@ -137,6 +141,35 @@ def test_an_alert_says_what_happened_where(scorer, make_threshold):
     assert (alert.first_event_time, alert.last_event_time) == ("1970-01-01T00:00:01.000Z", "1970-01-01T00:00:02.000Z")
     assert alert.score > 2.0
     assert alert.p_value == 0.2, "none of the four calibration blocks scores as high: 1 / 5"
+
+
+@pytest.fixture(scope="module")
+def long_windows():
+    vocabulary = Vocabulary(("a", "b"))
+    return Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 512, 8, 2, 1, 8)).eval(), vocabulary))
+
+
+@pytest.mark.parametrize("character", ["\x01", '"', "ü", "€", "x"])
+def test_no_alert_is_larger_than_brokers_take(long_windows, make_threshold, character):
+    """Which would end the process, and each successor, at the same event."""
+    name = character * (1024 // len(character.encode()))
+    threshold = dataclasses.replace(make_threshold(0.0), window=512, every=512)
+    names = ["a", *(f"{name[3:]}{number}" for number in range(1, 512))]
+    (alert,) = run(long_windows, threshold, [("\x01" * 1024, name, 0) for name in names])
+    validate(alert)
+    assert len(alert.encode()) < 500_000
+    assert alert.offender.event_id in names
+    for event, whole in zip(alert.window, names, strict=True):
+        cut = event.event_id.removesuffix("…")
+        assert event.event_id == whole == "a" or (event.event_id != cut and whole.startswith(cut) and len(cut) > 40)
+
+
+def test_what_fits_into_an_alert_is_not_cut():
+    whole = ["x" * 1024, "\x01" * 1024] * 25
+    assert fitting(whole) == whole
+    assert fitting(["x" * 800] * 400) == ["x" * 800] * 400
+    names = fitting(["x" * 1024] * 512)
+    assert names == ["x" * (400_000 // 512 // 6 - 3) + "…"] * 512
 
 
 def test_a_block_cut_short_is_truncated(scorer, make_threshold):
