@@ -12,7 +12,16 @@ from consumer.patience import Patience
 from consumer.rekey import Rekeyer
 from consumer.service import Service
 from consumer.settings import Settings, load_settings
-from consumer.topics import STATE_CONFIG, TopicSpec, check_rights, check_state_topic, ensure_topics, require_topic
+from consumer.topics import (
+    SOURCE_CONFIG,
+    STATE_CONFIG,
+    TopicSpec,
+    check_rights,
+    check_state_topic,
+    ensure_topics,
+    require_topic,
+    warn_of_senders_clocks,
+)
 from model.bundle import Bundle
 from model.cli import argument_parser, run
 from model.device import choose
@@ -53,13 +62,15 @@ def _watch(arguments: Namespace) -> int:
     artifacts = Artifacts.load(settings)
     device = choose(settings.device)
     topics = settings.topics
-    created = ensure_topics(settings, map(TopicSpec, (topics.events, topics.alerts, topics.dead_letters)))
+    specs = [TopicSpec(topics.events, config=SOURCE_CONFIG), TopicSpec(topics.alerts), TopicSpec(topics.dead_letters)]
+    created = ensure_topics(settings, specs)
     as_many = require_topic(settings, topics.events)
     created += ensure_topics(settings, [TopicSpec(topics.state, as_many, STATE_CONFIG)])
     for name in created:
         log.info("created topic %s", name)
     check_state_topic(settings)
     check_rights(settings)
+    warn_of_senders_clocks(settings, topics.events)
     service = Service(settings, artifacts, patience)
     log.info("settings   %s; not the defaults: %s", arguments.config, changed(settings))
     _introduce(settings, artifacts, as_many, device)
@@ -92,8 +103,10 @@ def _rekey(settings: Settings, patience: Patience) -> int:
             "there; set it to json"
         )
     rekeyer = Rekeyer(settings, Bundle.load(settings.model.path), patience)
-    for name in ensure_topics(settings, map(TopicSpec, (topics.lines, topics.events, topics.dead_letters))):
+    specs = [TopicSpec(name, config=SOURCE_CONFIG) for name in (topics.lines, topics.events)]
+    for name in ensure_topics(settings, [*specs, TopicSpec(topics.dead_letters)]):
         log.info("created topic %s", name)
+    warn_of_senders_clocks(settings, topics.lines)
     log.info("reading %s as group %s from %s", topics.lines, rekeyer.group, settings.kafka.bootstrap)
     log.info("events go to %s keyed by block, delivery %s", topics.events, settings.delivery)
     rekeyer.run()

@@ -165,7 +165,8 @@ class Decoder:
         fields: the names of an event's fields.
         tokens: token of each event id of the vocabulary.
         max_ahead: milliseconds that an event may be stamped ahead of its Kafka message. A far future must not push
-            the watermark, or one bad clock would close every block.
+            the watermark, or one bad clock would close every block; that the message's own time is not of the same
+            clock is for the brokers to see to (`consumer.topics.SOURCE_CONFIG`).
     """
 
     def __init__(self, fields: EventSettings, tokens: Mapping[str, int], max_ahead: int = LATEST) -> None:

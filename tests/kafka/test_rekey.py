@@ -6,6 +6,7 @@ import time
 from collections import Counter
 
 import pytest
+from confluent_kafka.admin import AdminClient, ConfigResource
 
 from consumer.rekey import SOURCE_HEADER
 from model.bundle import Bundle
@@ -26,6 +27,12 @@ def knows_lines(tmp_path_factory):
     network = Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16)).eval()
     Bundle(network, vocabulary, {}, LineFormat(LineRules.of(EventSettings()), TEMPLATES)).save(folder / "model")
     return folder
+
+
+def stamped_by(made, topic):
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    admin = AdminClient({"bootstrap.servers": made.bootstrap})
+    return admin.describe_configs([resource])[resource].result(10)["message.timestamp.type"].value
 
 
 def lines(begin, end):
@@ -105,6 +112,7 @@ def test_tombstones_go_through_and_settings_that_do_not_fit_are_refused(line, kn
     topics = made.settings.topics
     process = made.start_consumer(options=["--rekey"])
     made.wait_for(lambda: "assigned" in process.log.read_text(), what="joining")
+    assert [stamped_by(made, name) for name in (topics.lines, topics.events)] == ["LogAppendTime"] * 2
     made.produce(
         [("blk_1", "081109 203500 7 INFO x: drop blk_1", 0), ("blk_1", None, 0), (None, None, 0)], topics.lines
     )
