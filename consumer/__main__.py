@@ -14,6 +14,7 @@ from consumer.service import Service
 from consumer.settings import Settings, load_settings
 from consumer.topics import (
     READ,
+    SOURCE_CONFIG,
     STATE_CONFIG,
     WRITE,
     TopicSpec,
@@ -21,6 +22,7 @@ from consumer.topics import (
     check_state_topic,
     ensure_topics,
     require_topic,
+    warn_of_senders_clocks,
 )
 from model.cli import argument_parser, run
 from model.device import choose
@@ -61,7 +63,8 @@ def _watch(arguments: Namespace) -> int:
     artifacts = Artifacts.load(settings)
     device = choose(settings.device)
     topics = settings.topics
-    created = ensure_topics(settings, map(TopicSpec, (topics.events, topics.alerts, topics.dead_letters)))
+    specs = [TopicSpec(topics.events, config=SOURCE_CONFIG), TopicSpec(topics.alerts), TopicSpec(topics.dead_letters)]
+    created = ensure_topics(settings, specs)
     as_many = require_topic(settings, topics.events)
     created += ensure_topics(settings, [TopicSpec(topics.state, as_many, STATE_CONFIG)])
     for name in created:
@@ -69,6 +72,7 @@ def _watch(arguments: Namespace) -> int:
     check_state_topic(settings)
     written = {topics.alerts: {WRITE}, topics.dead_letters: {WRITE}, topics.state: {READ, WRITE}}
     check_rights(settings, {topics.events: {READ}} | written)
+    warn_of_senders_clocks(settings, topics.events)
     service = Service(settings, artifacts, patience)
     log.info("settings   %s; not the defaults: %s", arguments.config, changed(settings))
     _introduce(settings, artifacts, as_many, device)
@@ -101,9 +105,11 @@ def _rekey(settings: Settings, patience: Patience) -> int:
             "there; set it to json"
         )
     rekeyer = Rekeyer(settings, patience)
-    for name in ensure_topics(settings, map(TopicSpec, (topics.lines, topics.events, topics.dead_letters))):
+    specs = [TopicSpec(name, config=SOURCE_CONFIG) for name in (topics.lines, topics.events)]
+    for name in ensure_topics(settings, [*specs, TopicSpec(topics.dead_letters)]):
         log.info("created topic %s", name)
     check_rights(settings, {topics.lines: {READ}, topics.events: {WRITE}, topics.dead_letters: {WRITE}})
+    warn_of_senders_clocks(settings, topics.lines)
     log.info("reading %s as group %s from %s", topics.lines, rekeyer.group, settings.kafka.bootstrap)
     log.info("events go to %s keyed by block, delivery %s", topics.events, settings.delivery)
     rekeyer.run()

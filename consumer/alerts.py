@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -11,6 +12,12 @@ import msgspec
 from consumer.records import Question
 
 SCHEMA_VERSION = 2
+
+_NAMES_BYTES = 400_000
+"""Of the event ids in an alert's window at most, so that with all else it stays below half of what brokers take."""
+
+_ESCAPED = 6  # bytes of JSON that one character, or one byte of UTF-8, becomes at most: \u0001
+_CUT = "…"
 
 
 class Expected(msgspec.Struct, frozen=True):
@@ -77,6 +84,19 @@ class Alert(msgspec.Struct, frozen=True):
 
 
 _encode = msgspec.json.Encoder().encode
+
+
+def fitting(names: Sequence[str]) -> Sequence[str]:
+    """Return the event ids of a window, the long ones cut to one length if together they are too large for an alert."""
+    if _ESCAPED * sum(map(len, names)) <= _NAMES_BYTES or len(msgspec.json.encode(names)) <= _NAMES_BYTES:
+        return names
+    limit = _NAMES_BYTES // len(names) // _ESCAPED - len(_CUT.encode())
+    return [_cut(name, limit) for name in names]
+
+
+def _cut(name: str, limit: int) -> str:
+    encoded = name.encode()
+    return name if len(encoded) <= limit else encoded[:limit].decode("utf-8", "ignore") + _CUT
 
 
 def alert_id(topic: str, partition: int, first_offset: int, block_id: str) -> str:

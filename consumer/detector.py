@@ -18,6 +18,7 @@ from consumer.alerts import (
     Source,
     WindowEvent,
     alert_id,
+    fitting,
 )
 from consumer.drift import EDGES, Drift, DriftTest, judge_id, levels
 from consumer.events import EventBatch
@@ -281,7 +282,7 @@ class Detector:
                 offset=int(looks.offsets[place, source]),
                 timestamp=_iso(looks.times[place, source]),
             ),
-            window=tuple(map(WindowEvent, names, why.surprisals)),
+            window=tuple(map(WindowEvent, fitting(names), why.surprisals)),
             events_seen=int(fact["count"]),
             first_event_time=_iso(fact["first_time"]),
             last_event_time=_iso(fact["last_time"]),

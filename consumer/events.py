@@ -33,7 +33,8 @@ MAX_ID_BYTES = 1024
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _EARLIEST = -62_135_596_800_000  # the first millisecond of the year 1
-_LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
+LATEST = 253_402_300_799_999
+"""The last millisecond of the year 9999: an alert could not write a later time."""
 
 
 class Undecodable(ValueError):  # noqa: N818 - it names the message, not the program's failure
@@ -164,10 +165,11 @@ class Decoder:
         fields: the names of an event's fields.
         tokens: token of each event id of the vocabulary.
         max_ahead: milliseconds that an event may be stamped ahead of its Kafka message. A far future must not push
-            the watermark, or one bad clock would close every block.
+            the watermark, or one bad clock would close every block; that the message's own time is not of the same
+            clock is for the brokers to see to (`consumer.topics.SOURCE_CONFIG`).
     """
 
-    def __init__(self, fields: EventSettings, tokens: Mapping[str, int], max_ahead: int = _LATEST) -> None:
+    def __init__(self, fields: EventSettings, tokens: Mapping[str, int], max_ahead: int = LATEST) -> None:
         self._tokens = tokens
         self._max_ahead = max_ahead
         self.skipped = 0
@@ -196,7 +198,7 @@ class Decoder:
             self._fields.data, np.cumsum(self._fields.size), places, times,
         )  # fmt: skip
         plain &= ((places[:, :, 1] > 0) & (places[:, :, 1] <= MAX_ID_BYTES)).all(1)
-        plain &= (times <= _LATEST) & (times - messages.sent <= self._max_ahead)
+        plain &= (times <= LATEST) & (times - messages.sent <= self._max_ahead)
 
         tokens = np.full(len(values), UNK, np.int32)
         events = Names(values.data, *places[:, EVENT].T)
@@ -281,7 +283,9 @@ def _milliseconds(moment: datetime | float) -> int:
         milliseconds = (moment - _EPOCH) // _MILLISECOND
         if milliseconds < _EARLIEST:  # 0001-01-01T00:00:00+01:00: no alert could write it in UTC
             raise Undecodable("the timestamp lies before the year 1")
+        if milliseconds > LATEST:  # 9999-12-31T23:59:59-01:00
+            raise Undecodable("the timestamp lies after the year 9999")
         return milliseconds
-    if not 0 <= moment <= _LATEST:
+    if not 0 <= moment <= LATEST:
         raise Undecodable("the timestamp is not between the years 1970 and 9999 in milliseconds")
     return int(moment)

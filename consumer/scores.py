@@ -14,6 +14,9 @@ from model.scoring import SCREEN_MARGIN, SCREEN_NOISE, Explanation, Rows, Scorer
 _NOWHERE, _NEW, _OLD = range(3)
 """Where a score is found."""
 
+_EXPLAINED_EVENTS = 500_000
+"""Events in remembered explanations at most, at some 40 bytes each: 10,000 windows of 50 events."""
+
 
 class _Generation(NamedTuple):
     """Scores by the hash of their window, with linear probing; a hash of 0 is a free place."""
@@ -32,13 +35,15 @@ class LookScores:
 
     Args:
         scorer: scores windows.
-        capacity: distinct windows remembered; the older half is forgotten when they are reached.
+        capacity: distinct windows whose score is remembered; the older half is forgotten when they are reached.
+            Explanations, which are larger, have a bound of their own.
     """
 
     def __init__(self, scorer: Scorer, threshold: float | None, capacity: int) -> None:
         self.scorer = scorer
         self._threshold = threshold
         self._half = max(1, capacity // 2)
+        self._most_explained = max(1, min(self._half, _EXPLAINED_EVENTS // scorer.bundle.window))
         self._new = self._old = _generation(0)
         self._explained: dict[int, Explanation] = {}
         self.scored = 0
@@ -65,7 +70,7 @@ class LookScores:
         key = int(looks.facts["hash"][place])
         explanation = self._explained.get(key)
         if explanation is None:
-            if len(self._explained) >= self._half:
+            if len(self._explained) >= self._most_explained:
                 self._explained.clear()
             explanation = self._explained[key] = self.scorer.explain(looks.rows[place])
         return explanation

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from consumer.events import MAX_ID_BYTES, TOMBSTONE, Decoder, EventBatch, Messages, Refused, Undecodable
+from consumer.events import LATEST, MAX_ID_BYTES, TOMBSTONE, Decoder, EventBatch, Messages, Refused, Undecodable
 from consumer.names import Names
 from consumer.settings import Settings, milliseconds
 from model.bundle import Bundle
@@ -106,6 +106,8 @@ class TextDecoder:
         if time is None:
             if sent < 0:
                 raise Undecodable("the line tells no time, and its message has no timestamp")
+            if sent > LATEST:  # a shipper that counts microseconds: no alert could write such a year
+                raise Undecodable("the timestamp of the message, which is its line's, lies after the year 9999")
             time = sent
         if time - sent > self._max_ahead:
             raise Undecodable("the timestamp is further ahead of the message's own than windows.max_ahead allows")

@@ -12,7 +12,7 @@ from confluent_kafka.admin import AclOperation, AdminClient, ClusterMetadata, Co
 from consumer.clients import client
 from consumer.patience import HOPELESS
 from consumer.refusals import with_remedy
-from consumer.settings import Settings
+from consumer.settings import Settings, milliseconds
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
@@ -30,6 +30,12 @@ READ, WRITE = AclOperation.READ, AclOperation.WRITE
 
 STATE_CONFIG = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2", "segment.ms": "600000"}
 """Of the state topic: small segments, so that outdated records go soon and restoring stays quick."""
+
+_STAMPS = "message.timestamp.type"
+
+SOURCE_CONFIG = {_STAMPS: "LogAppendTime"}
+"""Of the topics of events and of lines: the brokers stamp messages, since `windows.max_ahead` tells a bad clock by the
+message's own time, which its sender would have from the same clock."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,30 @@ def check_state_topic(settings: Settings) -> None:
         raise UserError(
             f"topic {state} has cleanup.policy={policy}: windows of long-lived blocks would be lost; set it to compact"
         )
+
+
+def warn_of_senders_clocks(settings: Settings, name: str) -> None:
+    """Warn of a topic whose messages may be stamped with any time by their senders; silent where that cannot be asked.
+
+    Brokers may also refuse what is stamped from the future, as Kafka does by default since 4.0.
+    """
+    if _is_mock(_cluster(settings)):
+        return  # it knows no such question
+    resource = ConfigResource(ConfigResource.Type.TOPIC, name)
+    admin = _admin(settings)
+    try:
+        config = admin.describe_configs([resource], request_timeout=_SECONDS)[resource].result()
+    except KafkaException:
+        return
+    stamps, ahead = config.get(_STAMPS), config.get("message.timestamp.after.max.ms")
+    refuses = ahead is not None and int(ahead.value) <= milliseconds(settings.windows.max_ahead)
+    if stamps is not None and stamps.value != SOURCE_CONFIG[_STAMPS] and not refuses:
+        log.warning(
+            "topic %s has %s=%s: a sender whose clock is wrong stamps its messages wrong, too, so windows.max_ahead "
+            "does not see it, and one event from the future closes every open block of its partition; let the brokers "
+            "stamp them: kafka-configs.sh --bootstrap-server %s --alter --topic %s --add-config %s=%s",
+            name, _STAMPS, stamps.value, settings.kafka.bootstrap, name, _STAMPS, SOURCE_CONFIG[_STAMPS],
+        )  # fmt: skip
 
 
 def check_rights(settings: Settings, needed: Mapping[str, set[AclOperation]]) -> None:

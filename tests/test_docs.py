@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from consumer.settings import Settings
+from consumer.topics import SOURCE_CONFIG, STATE_CONFIG
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -136,6 +139,16 @@ def check_files(words, _):
     return files_missing(words)
 
 
+def check_topics(words, _):
+    """A topic made by hand is as the consumer would have made it."""
+    given = [(option.removeprefix("--"), value) for option, value in itertools.pairwise(words)]
+    (name,) = (value for option, value in given if option == "topic")
+    topics = Settings().topics
+    wanted = {topics.events: SOURCE_CONFIG, topics.lines: SOURCE_CONFIG, topics.state: STATE_CONFIG}
+    config = dict(value.split("=") for option, value in given if option == "config")
+    return "" if config == wanted.get(name, {}) else f"made with {wanted.get(name, {})} by the consumer"
+
+
 def check_elsewhere(_, __):
     """kcat is run by tests/kafka/test_examples.py, rights are given as written by tests/kafka/test_security.py."""
     return ""
@@ -148,6 +161,7 @@ PROGRAMS = {
     "kubectl": check_files,
     "kcat": check_elsewhere,
     "kafka-acls.sh": check_elsewhere,
+    "kafka-topics.sh": check_topics,
 }
 
 

@@ -1,5 +1,6 @@
 """Alerts: what is said, when it is said again, and that batches, partitions and caches change nothing."""
 
+import dataclasses
 import itertools
 import json
 
@@ -9,12 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumer.alerts import schema
+from consumer.alerts import fitting, schema
 from consumer.detector import Detector
 from consumer.events import TOMBSTONE, EventBatch
 from consumer.records import DriftState, StoredSessions
 from consumer.settings import DriftSettings
-from model.vocabulary import BOS, END, PAD, UNK
+from model.bundle import Bundle
+from model.network import Autoencoder, Shape
+from model.scoring import Scorer
+from model.vocabulary import BOS, END, PAD, UNK, Vocabulary
 
 TOUCHY = DriftSettings(failing_share=0, batch=3, false_alarm_every=100)
 """So that drift shows within a short stream."""
@@ -139,6 +143,35 @@ def test_an_alert_says_what_happened_where(scorer, make_threshold):
     assert alert.p_value == 0.2, "none of the four calibration blocks scores as high: 1 / 5"
 
 
+@pytest.fixture(scope="module")
+def long_windows():
+    vocabulary = Vocabulary(("a", "b"))
+    return Scorer(Bundle(Autoencoder(Shape(len(vocabulary), 512, 8, 2, 1, 8)).eval(), vocabulary))
+
+
+@pytest.mark.parametrize("character", ["\x01", '"', "ü", "€", "x"])
+def test_no_alert_is_larger_than_brokers_take(long_windows, make_threshold, character):
+    """Which would end the process, and each successor, at the same event."""
+    name = character * (1024 // len(character.encode()))
+    threshold = dataclasses.replace(make_threshold(0.0), window=512, every=512)
+    names = ["a", *(f"{name[3:]}{number}" for number in range(1, 512))]
+    (alert,) = run(long_windows, threshold, [("\x01" * 1024, name, 0) for name in names])
+    validate(alert)
+    assert len(alert.encode()) < 500_000
+    assert alert.offender.event_id in names
+    for event, whole in zip(alert.window, names, strict=True):
+        cut = event.event_id.removesuffix("…")
+        assert event.event_id == whole == "a" or (event.event_id != cut and whole.startswith(cut) and len(cut) > 40)
+
+
+def test_what_fits_into_an_alert_is_not_cut():
+    whole = ["x" * 1024, "\x01" * 1024] * 25
+    assert fitting(whole) == whole
+    assert fitting(["x" * 800] * 400) == ["x" * 800] * 400
+    names = fitting(["x" * 1024] * 512)
+    assert names == ["x" * (400_000 // 512 // 6 - 3) + "…"] * 512
+
+
 def test_a_block_cut_short_is_truncated(scorer, make_threshold):
     limit = scorer.explain(_row([4], 6, closing=False)).score
     alerts = run(scorer, make_threshold(limit), [("X", "a", 0), ("X", None, 0)])
@@ -244,6 +277,20 @@ def test_each_distinct_window_is_scored_once(scorer, make_threshold):
     assert detector.looks == 100
     assert detector.scored == 2
     assert detector.open_blocks == 50
+
+
+def test_explanations_are_bounded_by_themselves(scorer, make_threshold, monkeypatch):
+    """They take sixty times the memory of a score, so `cache_windows` says nothing of them."""
+    monkeypatch.setattr("consumer.scores._EXPLAINED_EVENTS", 5 * scorer.bundle.window)
+    detector = Detector(scorer, make_threshold(0.0), topic="logs", cache_windows=1_000_000)
+    detector.assign(0)
+    held, total = [], 0
+    for first in range(0, 256, 4):
+        names = [NAMES[first >> 2 * place & 3] for place in range(4)]
+        total += len(detector.process({0: batch_of(scorer.bundle, [(f"b{first}", name, 0) for name in names], first)}))
+        held.append(len(detector._scores._explained))
+    assert total > 50
+    assert max(held) == 5
 
 
 def test_partitions_are_independent_and_go_with_their_sessions(scorer, make_threshold):

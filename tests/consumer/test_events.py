@@ -57,6 +57,7 @@ def encoded(**changes):
         ("2008-11-09 20:35:30.5", 1226262930500),
         ("2008-11-09T21:35:30.250+01:00", 1226262930250),
         ("1969-12-31T23:59:59Z", -1000),
+        ("9999-12-31T23:29:59.999999-00:30", LATER),
     ],
 )
 def test_an_event_becomes_a_row(timestamp, milliseconds):
@@ -109,6 +110,7 @@ def test_field_names_are_configurable():
         (None, encoded(timestamp=float("nan")), "not an event"),
         (None, encoded(timestamp=float("inf")), "not an event"),
         (None, encoded(timestamp="0001-01-01T00:00:00+01:00"), "before the year 1"),
+        (None, encoded(timestamp="9999-12-31T23:59:59-00:30"), "the timestamp .* after the year 9999"),
         (None, encoded(timestamp="NaN"), "timestamp"),
         (None, encoded(block_id=""), "block id is empty"),
         (None, encoded(event_id=""), "event id is empty"),
@@ -170,7 +172,7 @@ moments = st.one_of(
               st.sampled_from(["0000", "0001", "1900", "2000", "2023", "9999", "-001"]),
               digits, digits, st.sampled_from("Tt "), digits, digits, digits,
               st.sampled_from(["", ".", ".5", ".123", ".999999", ".1234567", ",5"]),
-              st.sampled_from(["", "Z", "z", "+00:00", "+01:00"])),
+              st.sampled_from(["", "Z", "z", "+00:00", "+01:00", "-00:30"])),
 )  # fmt: skip
 numbers = st.integers(-5, 10**20) | st.floats(allow_nan=True) | st.sampled_from([10**17, 10**17 - 1, LATER, LATER + 1])
 values = texts | moments | numbers | st.booleans() | st.none() | st.lists(st.integers(), max_size=2)

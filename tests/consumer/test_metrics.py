@@ -186,6 +186,7 @@ def series(address, query):
         (None, b'{"block_id": "b", "event_id": "a", "timestamp": 2e9}', "far_future"),
         (None, b'{"block_id": "b", "event_id": "a", "timestamp": -1}', "bad_timestamp"),
         (None, b'{"block_id": "b", "event_id": "a", "timestamp": "0001-01-01T00:00:00+01:00"}', "bad_timestamp"),
+        (None, b'{"block_id": "b", "event_id": "a", "timestamp": "9999-12-31T23:59:59-01:00"}', "bad_timestamp"),
         (None, None, "bad_tombstone"),
         (b"\xff", None, "bad_tombstone"),
     ],

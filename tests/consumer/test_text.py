@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.crossings import Crossings
-from consumer.events import TOMBSTONE, Messages, Undecodable
+from consumer.events import LATEST, TOMBSTONE, Messages, Undecodable
 from consumer.names import Names
 from consumer.settings import Settings
 from consumer.text import TextDecoder, decoder_for
@@ -64,7 +64,8 @@ def test_lines_without_a_block_are_counted_and_skipped(decoder):
 
 
 def test_a_line_without_a_time_is_as_old_as_its_message(decoder):
-    assert decoder.rows(b"start blk_1", 77) == [("blk_1", START, 77)]
+    for sent in (77, LATEST):
+        assert decoder.rows(b"start blk_1", sent) == [("blk_1", START, sent)]
     with pytest.raises(Undecodable, match="tells no time"):
         decoder.rows(b"start blk_1", -1)
 
@@ -74,6 +75,8 @@ def test_a_line_without_a_time_is_as_old_as_its_message(decoder):
     [
         (HEAD + b"start blk_1", TIME - HOUR - 1, r"windows\.max_ahead"),
         (b"start blk_" + b"1" * 1021, TIME, "longer than"),
+        (b"start blk_1", LATEST + 1, "the timestamp .* after the year 9999"),
+        (b"start blk_1", TIME * 1000, "the timestamp .* after the year 9999"),
     ],
 )
 def test_what_cannot_be_an_event_is_refused_and_leaves_no_trace(decoder, line, sent, reason):

@@ -7,12 +7,14 @@ import time
 
 import jsonschema
 import pytest
+from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
 from consumer.alerts import schema
 from consumer.detector import Detector
 from consumer.events import TOMBSTONE, EventBatch
 from consumer.threshold import Threshold
+from consumer.topics import SOURCE_CONFIG, TopicSpec, ensure_topics, warn_of_senders_clocks
 from model.bundle import Bundle
 from model.scoring import Scorer
 from model.vocabulary import UNK
@@ -137,6 +139,51 @@ def test_what_cannot_be_decoded_goes_to_the_dead_letters_with_reason_and_origin(
     assert "key is not the block id" in reasons[3]
     assert {letter.value() for letter in letters} >= {b"\xff\xfe", b"[]", good.encode(), None}
     assert [message.key() for message in made.read(made.settings.topics.alerts)] == [b"A"]
+
+
+def test_one_bad_clock_closes_no_block_in_a_topic_that_the_consumer_made(line):
+    """Though the sender stamps its messages by the same clock."""
+    made = line()
+    process = made.start_consumer()
+    made.wait_for(lambda: "assigned" in process.log.read_text(), what="joining")
+    producer = Producer({"bootstrap.servers": made.bootstrap, "log_level": 0})
+    far = 4_102_444_800_000
+    for block, moment in (("healthy", int(time.time() * 1000)), ("from 2100", far)):
+        value = json.dumps({"block_id": block, "event_id": "E5", "timestamp": moment})
+        producer.produce(made.settings.topics.events, value, block, partition=0, timestamp=moment)
+    assert producer.flush(10) == 0
+    made.wait_for(lambda: made.lag() == 0, what="committing all input")
+    assert made.stop(process)[0] == 0
+    (letter,) = made.read(made.settings.topics.dead_letters)
+    assert letter.key() == b"from 2100"
+    assert b"windows.max_ahead" in dict(letter.headers())["dead_letter.reason"]
+    assert "2 messages, 1 looks" in process.log.read_text(), "a block that is closed is looked at once more"
+    assert "WARNING" not in process.log.read_text()
+
+
+FAR = {"message.timestamp.after.max.ms": str(2**63 - 1)}  # as before Kafka 4.0
+
+
+@pytest.mark.parametrize(
+    ("config", "warned"), [(FAR, True), ({}, False), (FAR | SOURCE_CONFIG, False)], ids=["any", "near", "brokers"]
+)
+def test_a_topic_that_takes_any_time_from_its_senders_is_warned_of(line, config, warned, caplog):
+    made = line()
+    name = made.settings.topics.events
+    ensure_topics(made.settings, [TopicSpec(name, config=config)])
+    warn_of_senders_clocks(made.settings, name)
+    said = f"kafka-configs.sh --bootstrap-server {made.bootstrap} --alter --topic {name} --add-config message."
+    assert [said in message for message in caplog.messages] == [True] * warned
+
+
+def test_the_warning_comes_once_at_the_start(line):
+    made = line()
+    name = made.settings.topics.events
+    ensure_topics(made.settings, [TopicSpec(name, config=FAR)])
+    process = made.start_consumer()
+    made.wait_for(lambda: "assigned" in process.log.read_text(), what="joining")
+    assert made.stop(process)[0] == 0
+    assert process.log.read_text().count(f"WARNING topic {name} has message.timestamp.type=CreateTime") == 1
 
 
 def test_missing_topics_are_named_when_they_may_not_be_created(line):

@@ -9,6 +9,7 @@ import urllib.request
 from collections import Counter
 
 import pytest
+from confluent_kafka.admin import AdminClient, ConfigResource
 
 from consumer.outbox import SOURCE_HEADER
 from consumer.topics import TopicSpec, ensure_topics
@@ -16,6 +17,12 @@ from model.templates import event_id
 from scripts.local_kafka import free_port
 
 DROP, START = map(event_id, ("drop <BLOCK>", "start <BLOCK> size <NUMBER>"))
+
+
+def stamped_by(made, topic):
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    admin = AdminClient({"bootstrap.servers": made.bootstrap})
+    return admin.describe_configs([resource])[resource].result(10)["message.timestamp.type"].value
 
 
 def lines(begin, end):
@@ -162,6 +169,7 @@ def test_tombstones_go_through_and_settings_that_do_not_fit_are_refused(line, kn
     topics = made.settings.topics
     process = made.start_consumer(options=["--rekey"])
     made.wait_for(lambda: "assigned" in process.log.read_text(), what="joining")
+    assert [stamped_by(made, name) for name in (topics.lines, topics.events)] == ["LogAppendTime"] * 2
     made.produce(
         [("blk_1", "081109 203500 7 INFO x: drop blk_1", 0), ("blk_1", None, 0), (None, None, 0)], topics.lines
     )

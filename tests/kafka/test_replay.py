@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, TIMESTAMP_LOG_APPEND_TIME, Consumer, KafkaError, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource
 
 from consumer.settings import load_settings
@@ -108,6 +108,7 @@ def test_every_block_arrives_whole_in_order_and_in_one_partition(config, simulat
     assert by_block(messages) == expected(simulated / name)
     assert len({(message.key(), message.partition()) for message in messages}) == 100
     assert {message.partition() for message in messages} == {0, 1, 2}
+    assert all(message.timestamp()[0] == TIMESTAMP_LOG_APPEND_TIME for message in messages)
     assert all(message.timestamp()[1] >= before - 1000 for message in messages), "Kafka's own time, not the event's"
     assert re.search(rf"{len(messages):,} events of 100 blocks into \S+ in [\d.]+ s \([\d,]+ events/s\)", said)
 
