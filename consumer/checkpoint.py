@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from consumer.detector import Detector
 from consumer.kernel import NO_WATERMARK
+from consumer.names import Names
 from consumer.records import (
     BLOCK,
     CHECKPOINT,
@@ -115,7 +116,7 @@ class Checkpointer:
         self._vocabulary = detector.vocabulary
         self._vocabulary_id = vocabulary_id(self._vocabulary.events)
         self._introduced = self._vocabulary_id in recovered.vocabularies
-        self._gone: dict[bytes, None] = {}  # blocks whose record is to be deleted, in the order in which they closed
+        self._gone: dict[bytes, None] = {}  # blocks whose record is to be deleted, those first that were due first
         self._gone_before = 0
         self._pending = np.zeros(0, np.int32)
         self._next: Checkpoint | None = None
@@ -153,7 +154,7 @@ class Checkpointer:
             yield from self._sessions(some[self._store.are_unsaved(some)])
             if not len(self._pending) and not self._gone_before:
                 yield CHECKPOINT, self._next.pack()
-                yield from self._outdated_markers(self._next.offset)
+                self._outdate_markers(self._next.offset)
                 self._next = None
 
     def _sessions(self, slots: NDArray[np.int32]) -> Iterator[Record]:
@@ -188,9 +189,13 @@ class Checkpointer:
         if not self._gone:  # a session that was saved anew needs no deletion
             self._gone_before = 0
 
-    def _outdated_markers(self, offset: int) -> Iterator[Record]:
-        """Delete markers that no replay from `offset` on will need, unless a newer record took their place."""
-        for name in [name for name, last in self._markers.items() if last < offset]:
+    def _outdate_markers(self, offset: int) -> None:
+        """Let go of markers that no replay from `offset` on will need, unless a newer record took their place.
+
+        After a flood of new ids these are many: they are deleted like other records, some at each commit.
+        """
+        outdated = [name for name, last in self._markers.items() if last < offset]
+        for name, replaced in zip(outdated, self._store.have_records(Names.of(outdated)).tolist(), strict=True):
             del self._markers[name]
-            if not self._store.has_record(name):
-                yield BLOCK + name, None
+            if not replaced:
+                self._gone[name] = None

@@ -6,7 +6,7 @@ Start, crash, aborted transaction, rebalance and lost partition all come through
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,6 +54,22 @@ class Start:
 def _empty(offset: int, records: Mapping[bytes, bytes], vocabulary: Vocabulary, *, chosen: bool = False) -> Start:
     """Begin without windows: what the records hold no longer fits."""
     return Start(offset, recover({}, vocabulary), Replay(offset, offset), list(records), chosen)
+
+
+@contextmanager
+def readable(topic: str, partition: int) -> Generator[None]:
+    """Surround what reads records of a state partition: some are read only when their session is restored.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, ValueError, msgspec.MsgspecError) as error:
+        raise UserError(
+            f"{topic}/{partition}: the stored windows cannot be read ({error}); "
+            "delete the topic to start with empty windows"
+        ) from None
 
 
 def _tell_nobody(_: int) -> None:
@@ -109,13 +125,8 @@ class Restorer:
         kafka = time.monotonic() - asked
         come_by("restore")
         where = f"{topic}/{partition}"
-        try:
+        with readable(self._settings.topics.state, partition):
             recovered = recover(records, vocabulary)
-        except (KeyError, IndexError, ValueError, msgspec.MsgspecError) as error:
-            raise UserError(
-                f"{self._settings.topics.state}/{partition}: the stored windows cannot be read ({error}); "
-                "delete the topic to start with empty windows"
-            ) from None
         checkpoint = recovered.checkpoint
         if checkpoint is not None and checkpoint.group != self._settings.kafka.group:
             raise UserError(

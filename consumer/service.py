@@ -31,7 +31,7 @@ from consumer.metrics import Metrics, PartitionStatus, Status
 from consumer.patience import HOPELESS, Patience
 from consumer.refusals import with_remedy
 from consumer.rehearsal import rehearse
-from consumer.restore import Restorer, Start
+from consumer.restore import Restorer, Start, readable
 from consumer.settings import Settings
 from consumer.web import serving
 from model.errors import UserError
@@ -356,14 +356,15 @@ class Service:
 
     def _assign(self, partition: int, start: Start) -> None:
         watermark = start.recovered.checkpoint.watermark if start.recovered.checkpoint else None
-        self._detector.assign(
-            partition,
-            start.recovered.sessions,
-            watermark,
-            start.offset,
-            drift=start.recovered.drift,
-            since=start.replay.until,
-        )
+        with readable(self._settings.topics.state, partition):
+            self._detector.assign(
+                partition,
+                start.recovered.sessions,
+                watermark,
+                start.offset,
+                drift=start.recovered.drift,
+                since=start.replay.until,
+            )
         self._assigned[partition] = _Assigned(
             position=start.offset,
             touched=start.chosen,

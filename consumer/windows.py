@@ -293,10 +293,10 @@ class WindowStore:
         """Say whether the slot holds an open session."""
         return bool(self._sessions.rows["count"][slot])
 
-    def has_record(self, name: bytes) -> bool:
-        """Say whether the block is open and has a record."""
-        slot = self.slot_of(name)
-        return slot != NONE and bool(self._sessions.rows["saved"][slot])
+    def have_records(self, names: Names) -> NDArray[np.bool_]:
+        """Say of each block (N,) whether it is open and has a record."""
+        slots = self._index.find(names)
+        return (slots != NONE) & (self._sessions.rows["count"][slots] > 0) & self._sessions.rows["saved"][slots]
 
     def mark_saved(self, slots: Sequence[int] | NDArray[np.int32]) -> None:
         """Note that records now cover all events of these sessions."""

@@ -277,3 +277,29 @@ def test_a_checkpoint_does_not_wait_for_a_deletion_that_a_new_session_made_needl
     found = recover(machine.topic, scorer.bundle.vocabulary)
     assert found.checkpoint.offset == 6
     assert list(found.sessions.states()) == ["Z"]
+
+
+def test_markers_that_are_outdated_all_at_once_are_deleted_over_commits(scorer, make_threshold, monkeypatch):
+    """Else a flood of new ids would have to fit into the transaction that ends the next checkpoint."""
+    monkeypatch.setattr(checkpoint, "PER_COMMIT", 3)
+    events = [(f"b{number}", "a", 0) for number in range(12)] + [("b9", "never seen", 0), ("b9", "a", 0)]
+    machine = Machine(scorer, make_threshold(0.5), events, 2)
+
+    def markers():
+        return len(recover(machine.topic, scorer.bundle.vocabulary).sessions.markers)
+
+    machine.read(12)
+    machine.commit()
+    left, complete = [markers()], []
+    for _ in range(3):
+        machine.commit(begin=True)
+        left.append(markers())
+        complete.append(recover(machine.topic, scorer.bundle.vocabulary).checkpoint.offset)
+    machine.read(2)  # b9, whose marker is the last one, opens anew
+    machine.commit()
+    assert left == [10, 10, 7, 4]
+    assert complete == [12, 12, 12]
+    machine.commit()
+    found = recover(machine.topic, scorer.bundle.vocabulary)
+    assert list(found.sessions.markers) == [b"b10"]
+    assert sorted(found.sessions.states()) == ["b11", "b9"]

@@ -6,6 +6,8 @@ from datetime import timedelta
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import msgspec
+import numpy as np
 import pytest
 from confluent_kafka import KafkaError, TopicPartition
 
@@ -13,6 +15,7 @@ from consumer.artifacts import Artifacts
 from consumer.checkpoint import Replay, recover
 from consumer.delivery import TransactionAborted
 from consumer.patience import Patience
+from consumer.records import BLOCK, VOCABULARY, SessionState, vocabulary_id
 from consumer.restore import Start
 from consumer.service import Service
 from consumer.settings import CommitSettings, Settings
@@ -236,4 +239,31 @@ def test_a_process_that_ends_with_an_error_does_not_wait_for_brokers_to_abort(se
     service._delivery.abort = never_returns
     service._on_lost(Script(), [TopicPartition("log-events", 0)])
     with pytest.raises(UserError, match="the topic was deleted"):
+        service._raise_failure()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda records: {key: value for key, value in records.items() if key[:1] != VOCABULARY},
+        lambda records: {key: value[:-4] if key[:1] == BLOCK else value for key, value in records.items()},
+        lambda records: {key: value + b"?" if key[:1] == BLOCK else value for key, value in records.items()},
+    ],
+    ids=["no vocabulary", "cut off", "something behind its end"],
+)
+def test_a_damaged_record_ends_in_a_sentence(service, bundle, damage):
+    """Records are read in bulk when they are restored, in a callback that must not raise."""
+    state = SessionState(1, 0, 0, 0, 0, 0, np.array([4], np.uint16), np.array([0]), np.array([0]))
+    name = vocabulary_id(bundle.vocabulary.events)
+    records = {BLOCK + b"x": state.pack(name), VOCABULARY + name: msgspec.msgpack.encode(bundle.vocabulary.events)}
+
+    class Restorer:
+        @staticmethod
+        def starts(partitions, vocabulary):
+            for _ in partitions:
+                yield Start(1, recover(damage(records), vocabulary), Replay(1, 1), [])
+
+    service._restorer = Restorer
+    service._on_assign(Script(), [TopicPartition("log-events", 0)])
+    with pytest.raises(UserError, match=r"log-.*/0: the stored windows cannot be read \(.*\); delete the topic"):
         service._raise_failure()
