@@ -3,41 +3,58 @@
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import dataclass
 from typing import Any
 
 from model.cli import console
 from scripts.bench.stage import Stage, drained
 
-_PEERS = {
-    "plain": ["scripts.peers.plain"],
-    "plain_with_cache": ["scripts.peers.plain", "--remember"],
-    "quix": ["scripts.peers.quix"],
-    "quix_with_cache": ["scripts.peers.quix", "--remember"],
-}
-"""With the cache, a peer has the idea that makes most of the difference, too."""
 
-_CACHED = 4
-"""So many times as many events for those, which are faster: Quix Streams commits every five seconds."""
+@dataclass(frozen=True)
+class _Peer:
+    """A module of `scripts/peers/`; what it needs, if anything: a module to import, and its name for people."""
+
+    module: str
+    needs: str = ""
+    name: str = ""
+    cached: int = 1
+    """So many times as many events with the cache, where a few commits would be all otherwise."""
+
+
+_PEERS = {
+    "plain": _Peer("scripts.peers.plain", cached=4),
+    "quix": _Peer("scripts.peers.quix", "quixstreams", "Quix Streams", cached=4),
+    "faust": _Peer("scripts.peers.faust_streaming", "faust", "Faust"),
+}
 
 
 def peers(stage: Stage, options: Namespace) -> dict[str, Any]:
     """Run each peer over fewer events, since they are slow, and compare its rate with the consumer's in this run."""
     python = str(options.peers_python or sys.executable)
-    missing = subprocess.run([python, "-c", "import quixstreams"], capture_output=True, check=False).returncode != 0
-    if missing:
-        console.print(
-            "Quix Streams is not installed for the peers: pip install .[peers] into an environment of its own, "
-            "since it wants older libraries, and name that one's Python with --peers-python"
-        )
+    present = {name: peer for name, peer in _PEERS.items() if _installed(python, peer)}
     ours = stage.known.get("pipeline_eps")
     if ours is None:
         ours = _rate(stage, options.events, [sys.executable, "-m", "consumer"])
-    rates = {
-        name: _rate(stage, options.peer_events * (_CACHED if name.endswith("cache") else 1), [python, "-m", *command])
-        for name, command in _PEERS.items()
-        if not (missing and name.startswith("quix"))
-    }
+    rates = {}
+    for name, peer in present.items():
+        command = [python, "-m", peer.module]
+        rates[name] = _rate(stage, options.peer_events, command)
+        # With the cache, a peer has the idea that makes most of the difference, too.
+        rates[f"{name}_with_cache"] = _rate(stage, options.peer_events * peer.cached, [*command, "--remember"])
     return {"times_as_fast_as": {name: ours / rate for name, rate in rates.items()}, "ours_eps": ours, "eps": rates}
+
+
+def _installed(python: str, peer: _Peer) -> bool:
+    """Whether a peer can run; tell how to install it if not."""
+    if not peer.needs:
+        return True
+    there = subprocess.run([python, "-c", f"import {peer.needs}"], capture_output=True, check=False).returncode == 0
+    if not there:
+        console.print(
+            f"{peer.name} is not installed for the peers: pip install .[peers] into an environment of its own, "
+            "since it wants older libraries, and name that one's Python with --peers-python"
+        )
+    return there
 
 
 def _rate(stage: Stage, events: int, command: list[str]) -> float:
