@@ -166,9 +166,7 @@ class WindowStore:
 
     def close_all(self, at_most: int | None = None) -> Iterator[Looks]:
         """Close every session, or so many, and yield their last looks: the partition is silent on the wall clock."""
-        slots = self._open()
-        slots = slots[np.argsort(self._sessions.rows["last_offset"][slots])]  # an order that outlives a restart
-        slots = slots[:at_most]
+        slots = self._open_by_activity()[:at_most]
         tombstones, nothing = np.full(len(slots), TOMBSTONE, np.int32), np.zeros(len(slots), np.int64)
         yield from self._run(slots, tombstones, nothing, nothing + _AFTER_ALL, by_clock=True)
 
@@ -241,8 +239,7 @@ class WindowStore:
         rows["restored"][slots] = rows["restored"][self._marked] = True
         rows["last_offset"][self._marked] = list(stored.markers.values())
         special = self._read_windows(slots, stored)
-        order = np.argsort(stored.heads["last_offset"], kind="stable")  # that of last activity
-        link_all(rows, self._sessions.roster, slots[order], start)
+        link_all(rows, self._sessions.roster, slots[_by_activity(stored.heads["last_offset"], stored.names)], start)
         return special
 
     def _read_windows(self, slots: NDArray[np.int32], stored: StoredSessions) -> dict[int, SessionState]:
@@ -365,6 +362,10 @@ class WindowStore:
     def _open(self) -> NDArray[np.int32]:
         return np.flatnonzero(self._sessions.rows["count"]).astype(np.int32)
 
+    def _open_by_activity(self) -> NDArray[np.int32]:
+        slots = self._open()
+        return slots[_by_activity(self._sessions.rows["last_offset"][slots], self.names(slots))]
+
     def _make_room(self, events: int) -> None:
         """Grow before the compiled loop begins, so that it never has to."""
         sessions, used = self._sessions, int(self._sessions.roster[USED_PAGES])
@@ -390,6 +391,19 @@ class WindowStore:
                 np.zeros((MAX_LOOKS, self._window), np.int64),
             )
         return self._looks
+
+
+def _by_activity(last_offsets: NDArray[np.int64], names: Names) -> NDArray[np.int64]:
+    """Return the order (N,) of last activity: that in which decoders hand out events, so it outlives a restart.
+
+    The events of one line have one offset and come in the order of their blocks' names.
+    """
+    order = np.argsort(last_offsets, kind="stable")
+    ties = np.diff(last_offsets[order]) == 0
+    tied = np.flatnonzero(np.append(ties, False) | np.append(False, ties)) if ties.any() else np.zeros(0, np.int64)
+    keys = {place: (int(last_offsets[place]), names[place]) for place in order[tied].tolist()}
+    order[tied] = sorted(keys, key=keys.__getitem__)
+    return order
 
 
 def _pages(count: int) -> Pages:
