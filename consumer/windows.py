@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from consumer.events import TOMBSTONE, EventBatch
 from consumer.kernel import (
     FREE_PAGE,
+    LISTED,
     LOOK,
     NEWEST,
     NO_WATERMARK,
     OLDEST,
     PAGE,
     SESSION,
+    UNLISTED,
     USED_PAGES,
     Columns,
     Pages,
@@ -223,7 +225,7 @@ class WindowStore:
         These have alerted, or know events that the vocabulary does not. `start` is the offset from which events will
         be read again, and `watermark` the one there. What a session includes is not taken in twice. One whose last
         event lies beyond `start` is not in the list of those that can expire until that event comes by. Nor is taken
-        in what the markers cover, until `forget_markers`.
+        in what the markers cover. Both last until `end_replay`.
         """
         if watermark is not None:
             self._sessions.clock[0] = watermark
@@ -263,10 +265,17 @@ class WindowStore:
                 self._prune_unknown(slot)
         return special
 
-    def forget_markers(self) -> None:
-        """No event comes any more that a marker was for."""
+    def end_replay(self) -> None:
+        """No event comes any more that a marker was for, or for which a session waits to be listed.
+
+        One still waits if today's settings refuse its last event.
+        """
         silent, self._marked = self._silent_markers(), np.zeros(0, np.int32)
         self._forget(silent)
+        rows, roster = self._sessions.rows, self._sessions.roster
+        if (rows["older"][self._open()] == UNLISTED).any():
+            roster[[OLDEST, NEWEST]], roster[LISTED] = NONE, 0
+            link_all(rows, roster, self._open_by_activity(), _AFTER_ALL)
 
     def unsaved(self) -> NDArray[np.int32]:
         """Return the slots (N,) of open sessions with events that no record covers."""

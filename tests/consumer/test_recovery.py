@@ -51,7 +51,7 @@ class Machine:
         for offset in range(start, self.committed):  # one by one: cuts must not matter here either
             self.detector.replay(PARTITION, batch_of(vocabulary, self.events, offset, offset + 1))
         if self.committed >= found.end:
-            self.detector.store(PARTITION).forget_markers()
+            self.detector.store(PARTITION).end_replay()
         self.checkpointer = Checkpointer(self.detector, PARTITION, GROUP, found, start)
         self.position, self.pending = self.committed, []
 
