@@ -382,7 +382,7 @@ class Service:
         assigned = self._assigned[partition]
         if assigned.replay is not None and assigned.position >= assigned.replay.end:
             assigned.replay = None
-            self._detector.store(partition).forget_markers()
+            self._detector.store(partition).end_replay()
 
     def _reload(self) -> None:
         """Take a new model or threshold if there is one.

@@ -114,7 +114,7 @@ class TextDecoder:
         for block in blocks:
             if len(block) * 4 > MAX_ID_BYTES and len(block.encode()) > MAX_ID_BYTES:
                 raise Undecodable(f"the block id is longer than {MAX_ID_BYTES} bytes")
-        return [(block, event, time) for block in blocks]
+        return [(block, event, time) for block in sorted(blocks)]  # so that a restart finds them in the same order
 
     def decode(self, messages: Messages) -> tuple[EventBatch, list[Refused]]:
         """Return the events of the lines among `messages`, the tombstones, and what else there was.

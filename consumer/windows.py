@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from consumer.events import TOMBSTONE, EventBatch
 from consumer.kernel import (
     FREE_PAGE,
+    LISTED,
     LOOK,
     NEWEST,
     NO_WATERMARK,
     OLDEST,
     PAGE,
     SESSION,
+    UNLISTED,
     USED_PAGES,
     Columns,
     Pages,
@@ -170,9 +172,7 @@ class WindowStore:
 
     def close_all(self, at_most: int | None = None) -> Iterator[Looks]:
         """Close every session, or so many, and yield their last looks: the partition is silent on the wall clock."""
-        slots = self._open()
-        slots = slots[np.argsort(self._sessions.rows["last_offset"][slots])]  # an order that outlives a restart
-        slots = slots[:at_most]
+        slots = self._open_by_activity()[:at_most]
         tombstones, nothing = np.full(len(slots), TOMBSTONE, np.int32), np.zeros(len(slots), np.int64)
         yield from self._run(slots, tombstones, nothing, nothing + _AFTER_ALL, by_clock=True)
 
@@ -229,7 +229,7 @@ class WindowStore:
         These have alerted, or know events that the vocabulary does not. `start` is the offset from which events will
         be read again, and `watermark` the one there. What a session includes is not taken in twice. One whose last
         event lies beyond `start` is not in the list of those that can expire until that event comes by. Nor is taken
-        in what the markers cover, until `forget_markers`.
+        in what the markers cover. Both last until `end_replay`.
         """
         if watermark is not None:
             self._sessions.clock[0] = watermark
@@ -245,8 +245,7 @@ class WindowStore:
         rows["restored"][slots] = rows["restored"][self._marked] = True
         rows["last_offset"][self._marked] = list(stored.markers.values())
         special = self._read_windows(slots, stored)
-        order = np.argsort(stored.heads["last_offset"], kind="stable")  # that of last activity
-        link_all(rows, self._sessions.roster, slots[order], start)
+        link_all(rows, self._sessions.roster, slots[_by_activity(stored.heads["last_offset"], stored.names)], start)
         return special
 
     def _read_windows(self, slots: NDArray[np.int32], stored: StoredSessions) -> dict[int, SessionState]:
@@ -270,10 +269,17 @@ class WindowStore:
                 self._prune_unknown(slot)
         return special
 
-    def forget_markers(self) -> None:
-        """No event comes any more that a marker was for."""
+    def end_replay(self) -> None:
+        """No event comes any more that a marker was for, or for which a session waits to be listed.
+
+        One still waits if today's settings refuse its last event.
+        """
         silent, self._marked = self._silent_markers(), np.zeros(0, np.int32)
         self._forget(silent)
+        rows, roster = self._sessions.rows, self._sessions.roster
+        if (rows["older"][self._open()] == UNLISTED).any():
+            roster[[OLDEST, NEWEST]], roster[LISTED] = NONE, 0
+            link_all(rows, roster, self._open_by_activity(), _AFTER_ALL)
 
     def unsaved(self) -> NDArray[np.int32]:
         """Return the slots (N,) of open sessions with events that no record covers."""
@@ -369,6 +375,10 @@ class WindowStore:
     def _open(self) -> NDArray[np.int32]:
         return np.flatnonzero(self._sessions.rows["count"]).astype(np.int32)
 
+    def _open_by_activity(self) -> NDArray[np.int32]:
+        slots = self._open()
+        return slots[_by_activity(self._sessions.rows["last_offset"][slots], self.names(slots))]
+
     def _make_room(self, events: int) -> None:
         """Grow before the compiled loop begins, so that it never has to."""
         sessions, used = self._sessions, int(self._sessions.roster[USED_PAGES])
@@ -394,6 +404,19 @@ class WindowStore:
                 np.zeros((MAX_LOOKS, self._window), np.int64),
             )
         return self._looks
+
+
+def _by_activity(last_offsets: NDArray[np.int64], names: Names) -> NDArray[np.int64]:
+    """Return the order (N,) of last activity: that in which decoders hand out events, so it outlives a restart.
+
+    The events of one line have one offset and come in the order of their blocks' names.
+    """
+    order = np.argsort(last_offsets, kind="stable")
+    ties = np.diff(last_offsets[order]) == 0
+    tied = np.flatnonzero(np.append(ties, False) | np.append(False, ties)) if ties.any() else np.zeros(0, np.int64)
+    keys = {place: (int(last_offsets[place]), names[place]) for place in order[tied].tolist()}
+    order[tied] = sorted(keys, key=keys.__getitem__)
+    return order
 
 
 def _pages(count: int) -> Pages:

@@ -41,7 +41,7 @@ def test_a_line_becomes_a_row_for_each_of_its_blocks(decoder):
     batch, refused = decoder.decode(
         messages(
             (b"any key", HEAD + b"start blk_1"),
-            (None, HEAD + b"drop blk_1 blk_2 blk_1"),
+            (None, HEAD + b"drop blk_2 blk_1 blk_2"),
             (b"blk_1", None),
             (None, HEAD + b"the namenode is up"),
             (None, HEAD + b"burn blk_2 \xff"),

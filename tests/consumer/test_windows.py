@@ -259,6 +259,42 @@ def test_a_limit_below_what_was_stored_lets_nothing_more_in():
     assert after.open_blocks <= 10
 
 
+def closing_order(store, portions):
+    return [shown["block"] for shown in seen(store, portions) if shown["closing"]]
+
+
+def test_blocks_of_one_line_keep_their_order_over_a_restart():
+    """Whatever the order of their records: else another one would be closed to make room."""
+    names = [f"b{number}" for number in range(40)]
+    before = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
+    for _ in before.apply(EventBatch.of(names, [4] * 40, [0] * 40, [7] * 20 + [8] * 20)):
+        pass  # two lines
+    lines = [*sorted(names[:20]), *sorted(names[20:])]
+    states = {before.block(slot): before.snapshot(slot) for slot in before.unsaved()}
+    after = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE, limit=40)
+    after.restore(stored(dict(reversed(states.items()))), 0, 9)
+    junk = EventBatch.of([f"n{number}" for number in range(10)], [4] * 10, [0] * 10, range(9, 19))
+    assert closing_order(after, after.apply(junk)) == lines[:10]
+    assert closing_order(after, after.close_all(30)) == lines[10:]
+    assert closing_order(before, before.close_all()) == lines
+
+
+def test_a_restored_session_whose_last_event_does_not_come_by_expires_all_the_same():
+    """A smaller windows.max_ahead refuses events that were taken in before."""
+    before = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
+    for _ in before.apply(EventBatch.of("YXZXV", [4] * 5, [0, 0, 0, 1, 1], range(5))):
+        pass
+    states = {before.block(slot): before.snapshot(slot) for slot in before.unsaved()}
+    after = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE, limit=4)
+    after.restore(stored(states), 0, 1)
+    replayed = EventBatch.of("XZV", [4] * 3, [0, 0, 1], [1, 2, 4])  # not X's last event, at 3
+    assert closing_order(after, after.apply(replayed)) == []
+    after.end_replay()
+    more = EventBatch.of(["n", "late"], [4, 4], [1, 100], [5, 6])
+    assert closing_order(after, after.apply(more)) == ["Y", "Z", "X", "V", "n"]
+    assert after.open_blocks == 1
+
+
 far_events = st.lists(
     st.tuples(
         st.sampled_from("ABC"),
