@@ -105,11 +105,11 @@ def _rekey(settings: Settings, patience: Patience) -> int:
             "there; set it to json"
         )
     rekeyer = Rekeyer(settings, patience)
-    specs = [TopicSpec(name, config=SOURCE_CONFIG) for name in (topics.lines, topics.events)]
-    for name in ensure_topics(settings, [*specs, TopicSpec(topics.dead_letters)]):
+    specs = [TopicSpec(topics.lines), TopicSpec(topics.events, config=SOURCE_CONFIG), TopicSpec(topics.dead_letters)]
+    for name in ensure_topics(settings, specs):
         log.info("created topic %s", name)
     check_rights(settings, {topics.lines: {READ}, topics.events: {WRITE}, topics.dead_letters: {WRITE}})
-    warn_of_senders_clocks(settings, topics.lines)
+    warn_of_senders_clocks(settings, topics.events)
     log.info("reading %s as group %s from %s", topics.lines, rekeyer.group, settings.kafka.bootstrap)
     log.info("events go to %s keyed by block, delivery %s", topics.events, settings.delivery)
     rekeyer.run()

@@ -34,8 +34,9 @@ STATE_CONFIG = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2",
 _STAMPS = "message.timestamp.type"
 
 SOURCE_CONFIG = {_STAMPS: "LogAppendTime"}
-"""Of the topics of events and of lines: the brokers stamp messages, since `windows.max_ahead` tells a bad clock by the
-message's own time, which its sender would have from the same clock."""
+"""Of the topic of events: the brokers stamp messages, since `windows.max_ahead` tells a bad clock by the message's own
+time, which its sender would have from the same clock. Lines that are re-keyed keep their senders' stamps, which put
+those of one second in order; their events are stamped anew."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def main() -> None:
         return read_lines(arguments.file, rules) if raw else read_events(arguments.file)
 
     unit = "lines" if raw else "events"
-    ensure_topics(settings, [TopicSpec(topic, config=SOURCE_CONFIG)])
+    ensure_topics(settings, [TopicSpec(topic, config={} if topic == topics.lines else SOURCE_CONFIG)])
     with console.status(f"counting the {unit} of {arguments.file.name}"):
         lasts, total = Counter[str](), 0
         for item in read():

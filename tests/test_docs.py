@@ -144,7 +144,7 @@ def check_topics(words, _):
     given = [(option.removeprefix("--"), value) for option, value in itertools.pairwise(words)]
     (name,) = (value for option, value in given if option == "topic")
     topics = Settings().topics
-    wanted = {topics.events: SOURCE_CONFIG, topics.lines: SOURCE_CONFIG, topics.state: STATE_CONFIG}
+    wanted = {topics.events: SOURCE_CONFIG, topics.state: STATE_CONFIG}
     config = dict(value.split("=") for option, value in given if option == "config")
     return "" if config == wanted.get(name, {}) else f"made with {wanted.get(name, {})} by the consumer"
 
