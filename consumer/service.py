@@ -245,27 +245,36 @@ class Service:
             else:
                 self._on_message_error(message.error(), message.partition())
         self.messages += len(messages)
-        live = {}
+        live: dict[int, EventBatch] = {}
+        unfit: list[tuple[Message, str]] = []
         for partition, some in by_partition.items():
-            batch = self._decoded(partition, some)
+            batch, refused = self._decoded(partition, some)
+            unfit += refused
             if batch is not None:
                 live[partition] = batch
         if live:
             self._publish(self._detector.process(live))
             self._say_alarms()
             self._look_for_crossings(live)
+        for message, reason in unfit:  # only now: what is sent first opens the transaction, and its time runs
+            self._bury(message, reason)
         for partition in by_partition.keys() & self._assigned.keys():
             self._end_replay(partition)
 
-    def _decoded(self, partition: int, messages: Sequence[Message]) -> EventBatch | None:
-        """Return the events that are to be judged; take in those that a predecessor has judged, without publishing."""
+    def _decoded(
+        self, partition: int, messages: Sequence[Message]
+    ) -> tuple[EventBatch | None, list[tuple[Message, str]]]:
+        """Return the events that are to be judged, and what is no event, with the reason.
+
+        Those that a predecessor has judged are taken in without publishing.
+        """
         assigned = self._assigned.get(partition)
         if assigned is None:
-            return None  # no longer ours
+            return None, []  # no longer ours
         columns = Messages.of(messages)
         known, done = np.searchsorted(columns.offsets, [assigned.position, assigned.published]).tolist()
         if known == len(messages):
-            return None  # seen before a rebalance gave the partition back
+            return None, []  # seen before a rebalance gave the partition back
         done = max(known, done)
         assigned.position = int(columns.offsets[-1]) + 1
         assigned.touched = True
@@ -274,9 +283,7 @@ class Service:
         if known < done:
             self._detector.replay(partition, self._decoder.decode(columns.from_place(known, done))[0])
         batch, refused = self._decoder.decode(columns.from_place(done))
-        for letter in refused:
-            self._bury(messages[done + letter.place], letter.reason)
-        return batch
+        return batch, [(messages[done + letter.place], letter.reason) for letter in refused]
 
     def _look_for_crossings(self, partitions: Iterable[int]) -> None:
         stores = {partition: self._detector.store(partition) for partition in self._assigned}

@@ -54,6 +54,17 @@ class Astray(Message):
         return KafkaError(KafkaError._AUTO_OFFSET_RESET, "offset out of range")
 
 
+class Garbage(Message):
+    def value(self):
+        return b"no event"
+
+    def topic(self):
+        return "log-events"
+
+    def headers(self):
+        return None
+
+
 class Delivery:
     """A transaction in memory; the next commit fails if told to."""
 
@@ -207,6 +218,30 @@ def test_where_a_group_without_offsets_begins_is_committed_before_anything_comes
     consumer = service._consumer = Script(assign, service._patience._stop.set)
     service._loop()
     assert service._delivery.committed == {0: 0}
+
+
+def test_nothing_is_sent_before_all_of_a_batch_is_judged(service, monkeypatch):
+    """What is sent first opens the transaction, and a storm of alerts takes long to judge: its time would run out."""
+    sent_before = []
+    process = service._detector.process
+
+    def judge(batches):
+        sent_before.extend(service._delivery.pending)
+        return process(batches)
+
+    monkeypatch.setattr(service._detector, "process", judge)
+    service._consumer = Script()
+    service._on_assign(service._consumer, [TopicPartition("log-events", number) for number in (0, 1)])
+    service._take([Garbage(0, 0, "g"), Message(0, 1, "x"), Message(1, 0, "y"), Garbage(1, 1, "h")])
+    assert sent_before == []
+    topics = service._settings.topics
+    assert service._delivery.pending == [
+        (topics.alerts, b"x"),
+        (topics.alerts, b"y"),
+        (topics.dead_letters, b"g"),
+        (topics.dead_letters, b"h"),
+    ]
+    assert service.dead_letters.total() == 2
 
 
 def test_waiting_for_brokers_is_no_reason_to_be_called_dead(service, monkeypatch):
