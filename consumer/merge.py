@@ -2,8 +2,9 @@
 
 The lines of a partition are pending in the order of their offsets, and the oldest of all goes first. It waits while
 another partition has nothing pending but may still hold something older: until that one shows a line, is at its end,
-or has been sent up to where it ended when the waiting line was read. So a backlog comes out in order however it is
-fetched, and nothing is held back for long by a partition that never comes to its end, or by a clock that is wrong.
+or has been sent up to where it ended when the waiting line was read. What is known of an end is a little old, so the
+line also waits until its turn has settled. So a backlog comes out in order however it is fetched, and nothing is held
+back for long by a partition that never comes to its end, or by a clock that is wrong.
 """
 
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Generic, NamedTuple, TypeVar
 
-LINES = 10_000
+LINES = 25_000
 """A partition with more lines pending is not read on for the while."""
 
 BYTES = 256_000_000
@@ -79,6 +80,7 @@ class Merge(Generic[T]):
         self._partitions: dict[int, _Partition[T]] = {}
         self._heads: list[tuple[tuple[float, int], int]] = []  # a heap: age and partition of each first line
         self._turn = 0
+        self._settled = math.inf
 
     @property
     def partitions(self) -> list[int]:
@@ -100,9 +102,15 @@ class Merge(Generic[T]):
         if self._partitions.pop(partition, None) is not None:
             self._order()
 
-    def turn(self, ends: Mapping[int, int]) -> None:
-        """Begin another turn of reading and sending; `ends` are the offsets at which partitions end, where known."""
+    def turn(self, ends: Mapping[int, int], settled: float = math.inf) -> None:
+        """Begin another turn of reading and sending.
+
+        Args:
+            ends: offsets at which partitions end, where known.
+            settled: so many turns are so long ago that what was at Kafka then has been read, or shows in `ends`.
+        """
         self._turn += 1
+        self._settled = settled
         for number, partition in self._partitions.items():
             partition.free()
             if partition.heard and number in ends and partition.reached == partition.lap:
@@ -142,7 +150,8 @@ class Merge(Generic[T]):
 
     def release(self) -> Iterator[T]:
         """Yield what may be sent now, the oldest first."""
-        free = min((known.free() for known in self._partitions.values() if not known.lines), default=math.inf)
+        empty = [known.free() for known in self._partitions.values() if not known.lines]
+        free = min([*empty, self._settled]) if empty else math.inf
         while self._heads:
             _, number = self._heads[0]
             known = self._partitions[number]
@@ -153,7 +162,7 @@ class Merge(Generic[T]):
                 heapreplace(self._heads, (known.lines[0].age, number))
             else:
                 heappop(self._heads)
-                free = min(free, known.free())
+                free = min(free, known.free(), self._settled)
             yield content
         yield from self._release_overtaken()
 
@@ -195,7 +204,7 @@ class Merge(Generic[T]):
         least, second = sorted([*(known.free() for known in self._partitions.values()), math.inf, math.inf])[:2]
         for _, number in sorted(self._heads):
             known = self._partitions[number]
-            others = second if known.free() == least else least
+            others = min(second if known.free() == least else least, self._settled)
             while known.lines and known.lines[0].turn + _AHEAD <= others:
                 content = self._pop(known)
                 self._order()

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
@@ -15,6 +16,7 @@ from consumer.settings import Settings
 log = logging.getLogger("consumer")
 
 _SILENCE_SECONDS = 5.0  # of a partition that holds up the others
+_SETTLED_SECONDS = 0.3  # after which what has come to Kafka has been read, three waits of its answers
 _AT_END = KafkaError._PARTITION_EOF  # noqa: SLF001 - librdkafka's own
 
 _SIDE_BY_SIDE = {
@@ -60,6 +62,8 @@ class Reading:
         self._consumer = consumer
         self._merge = merge
         self._silence: dict[int, float] = {}  # seconds, of each partition that the others wait for
+        self._settled = 0  # turns
+        self._settling = deque[float]()  # when each later turn began
 
     def consume(self, most: int, wait: float) -> tuple[list[Message], float]:
         """Return what comes before it is so many messages or so many seconds are over, and how long that was."""
@@ -69,7 +73,7 @@ class Reading:
 
     def take(self, messages: Iterable[Message], waited: float, cutter: Cutter) -> Iterator[Message]:
         """Take lines into the merge; yield messages that are errors."""
-        self._merge.turn(self.ends())
+        self._begin_turn()
         for message in messages:
             error, partition, offset = message.error(), message.partition(), message.offset()
             if error is not None and error.code() != _AT_END:
@@ -105,6 +109,14 @@ class Reading:
             if end >= 0:
                 ends[place.partition] = end
         return ends
+
+    def _begin_turn(self) -> None:
+        now = time.monotonic()
+        self._settling.append(now)
+        while self._settling and self._settling[0] + _SETTLED_SECONDS <= now:
+            self._settling.popleft()
+            self._settled += 1
+        self._merge.turn(self.ends(), self._settled)
 
     def _give_up_on_silence(self, waited: float) -> None:
         """Let the others go on when a partition that they wait for is neither read nor at its end."""

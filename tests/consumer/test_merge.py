@@ -200,3 +200,29 @@ def test_what_is_given_back_or_was_read_before_is_not_wanted():
     merged.drop(0)
     assert merged.partitions == []
     assert not merged.wants(0, 10)
+
+
+def test_a_line_waits_for_what_was_at_kafka_when_it_was_read_and_has_not_been_read_yet():
+    lines = Merge[str]()
+    for partition in (0, 1):
+        lines.assign(partition, 0)
+        lines.rest(partition)
+    lines.turn({}, settled=0)
+    lines.add(0, 0, 20, 0, 1, "later")
+    assert list(lines.release()) == []
+    assert lines.awaited() == []  # nothing is wrong
+    lines.turn({}, settled=0)
+    lines.add(1, 0, 10, 0, 1, "earlier")
+    assert list(lines.release()) == ["earlier"]
+    lines.rest(1)
+    assert list(lines.release()) == []
+    lines.turn({}, settled=1)
+    assert list(lines.release()) == ["later"]
+
+
+def test_the_only_partition_waits_for_nothing():
+    lines = Merge[str]()
+    lines.assign(0, 0)
+    lines.turn({}, settled=0)
+    lines.add(0, 0, 20, 0, 1, "alone")
+    assert list(lines.release()) == ["alone"]

@@ -113,7 +113,8 @@ def model(*templates):
 
 
 @pytest.fixture
-def rekeyer(tmp_path):
+def rekeyer(tmp_path, monkeypatch):
+    monkeypatch.setattr("consumer.reading._SETTLED_SECONDS", 0.0)  # what these consumers hand out is all there is
     model("start <BLOCK>").save(tmp_path / "model")
     artifacts = {"model": {"path": tmp_path / "model"}, "calibration": {"path": tmp_path / "threshold.json"}}
     made = Rekeyer(Settings.model_validate(artifacts), Patience())
