@@ -211,6 +211,7 @@ def test_screened_scores_have_the_levels_of_exact_ones(varied_scorer):
             return varied_scorer.exact(rows) + random.choice([-0.9, 0.9], len(rows)) * SCREEN_NOISE
 
         exact = staticmethod(varied_scorer.exact)
+        bundle = varied_scorer.bundle
 
     noisy = Noisy()
     scores = LookScores(noisy, 50.0, 10**6)
