@@ -14,8 +14,6 @@ from consumer.service import Service
 from consumer.settings import Settings, load_settings
 from consumer.topics import (
     READ,
-    SOURCE_CONFIG,
-    STATE_CONFIG,
     WRITE,
     TopicSpec,
     check_rights,
@@ -63,10 +61,9 @@ def _watch(arguments: Namespace) -> int:
     artifacts = Artifacts.load(settings)
     device = choose(settings.device)
     topics = settings.topics
-    specs = [TopicSpec(topics.events, config=SOURCE_CONFIG), TopicSpec(topics.alerts), TopicSpec(topics.dead_letters)]
-    created = ensure_topics(settings, specs)
+    created = ensure_topics(settings, map(TopicSpec, (topics.events, topics.alerts, topics.dead_letters)))
     as_many = require_topic(settings, topics.events)
-    created += ensure_topics(settings, [TopicSpec(topics.state, as_many, STATE_CONFIG)])
+    created += ensure_topics(settings, [TopicSpec(topics.state, as_many)])
     for name in created:
         log.info("created topic %s", name)
     check_state_topic(settings)
@@ -105,8 +102,7 @@ def _rekey(settings: Settings, patience: Patience) -> int:
             "there; set it to json"
         )
     rekeyer = Rekeyer(settings, patience)
-    specs = [TopicSpec(topics.lines), TopicSpec(topics.events, config=SOURCE_CONFIG), TopicSpec(topics.dead_letters)]
-    for name in ensure_topics(settings, specs):
+    for name in ensure_topics(settings, map(TopicSpec, (topics.lines, topics.events, topics.dead_letters))):
         log.info("created topic %s", name)
     check_rights(settings, {topics.lines: {READ}, topics.events: {WRITE}, topics.dead_letters: {WRITE}})
     warn_of_senders_clocks(settings, topics.events)

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AclOperation, AdminClient, ClusterMetadata, ConfigResource, NewTopic
@@ -41,11 +41,14 @@ those of one second in order; their events are stamped anew."""
 
 @dataclass(frozen=True)
 class TopicSpec:
-    """A topic that must exist; `partitions` and `config` matter when it is created."""
+    """A topic that must exist; `partitions` and `config` matter when it is created.
+
+    Without a `config` it is made as its part under `topics` wants it.
+    """
 
     name: str
     partitions: int | None = None
-    config: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, str] | None = None
 
 
 def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
@@ -76,7 +79,7 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
                 spec.name,
                 spec.partitions or settings.topics.partitions,
                 settings.topics.replication_factor,
-                config=dict(spec.config),
+                config=dict(_wanted(settings, spec.name) if spec.config is None else spec.config),
             )
             for spec in missing
         ],
@@ -103,6 +106,10 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
     while any(spec.name not in _cluster(settings).topics for spec in missing) and time.monotonic() < deadline:
         time.sleep(0.1)  # a busy broker says that a topic is created before it tells of it
     return created
+
+
+def _wanted(settings: Settings, name: str) -> Mapping[str, str]:
+    return {settings.topics.events: SOURCE_CONFIG, settings.topics.state: STATE_CONFIG}.get(name, {})
 
 
 def require_topic(settings: Settings, name: str) -> int:

@@ -28,7 +28,7 @@ from rich.table import Table
 from consumer.faultpoints import PLACES
 from consumer.patience import NOT_COMMITTED
 from consumer.settings import Settings, load_settings, milliseconds
-from consumer.topics import SOURCE_CONFIG, TopicSpec, ensure_topics, require_topic
+from consumer.topics import TopicSpec, ensure_topics, require_topic
 from model.cli import argument_parser, console, run
 from model.errors import UserError
 from model.sessions import Event, read_events
@@ -115,7 +115,7 @@ class _Trial:
         begun = time.monotonic()
         try:
             self._kafka.up()
-            ensure_topics(settings, [TopicSpec(settings.topics.events, config=SOURCE_CONFIG)])
+            ensure_topics(settings, [TopicSpec(settings.topics.events)])
             schedule = self._schedule()
             events = list(_repeated(self._arguments.file, self._arguments.events, self._arguments.seed))
             self._tally.events = len(events)

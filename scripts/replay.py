@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from consumer.clients import client
 from consumer.settings import Settings, load_settings
-from consumer.topics import SOURCE_CONFIG, TopicSpec, ensure_topics
+from consumer.topics import TopicSpec, ensure_topics
 from model.cli import argument_parser, console, run
 from model.config import EventSettings
 from model.errors import UserError
@@ -85,7 +85,7 @@ def main() -> None:
         return read_lines(arguments.file, rules) if raw else read_events(arguments.file)
 
     unit = "lines" if raw else "events"
-    ensure_topics(settings, [TopicSpec(topic, config={} if topic == topics.lines else SOURCE_CONFIG)])
+    ensure_topics(settings, [TopicSpec(topic)])
     with console.status(f"counting the {unit} of {arguments.file.name}"):
         lasts, total = Counter[str](), 0
         for item in read():

@@ -14,7 +14,7 @@ import yaml
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
 
 from consumer.settings import Settings, load_settings
-from consumer.topics import SOURCE_CONFIG, TopicSpec, ensure_topics, require_topic
+from consumer.topics import TopicSpec, ensure_topics, require_topic
 from model.cli import console
 from model.errors import UserError
 from model.sessions import Event
@@ -117,8 +117,7 @@ class Stage:
         path.write_text(yaml.safe_dump(changes), encoding="utf-8")
         settings = load_settings(path)
         topics = settings.topics
-        ensure_topics(settings, [TopicSpec(topics.events, config=SOURCE_CONFIG), TopicSpec(topics.alerts),
-                                 TopicSpec(topics.dead_letters)])  # fmt: skip
+        ensure_topics(settings, map(TopicSpec, (topics.events, topics.alerts, topics.dead_letters)))
         return Trial(settings, path)
 
     def consumer(self, trial: Trial) -> Process:

@@ -10,7 +10,7 @@ from consumer.patience import Patience, is_passing
 from consumer.records import CHECKPOINT, Checkpoint
 from consumer.restore import Restorer
 from consumer.settings import KafkaSettings
-from consumer.topics import STATE_CONFIG, TopicSpec, ensure_topics
+from consumer.topics import TopicSpec, ensure_topics
 from model.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(("a",))
@@ -22,7 +22,7 @@ class Predecessor:
     def __init__(self, made):
         self._made = made
         topics = made.settings.topics
-        ensure_topics(made.settings, [TopicSpec(topics.events, 3), TopicSpec(topics.state, 3, STATE_CONFIG)])
+        ensure_topics(made.settings, [TopicSpec(topics.events, 3), TopicSpec(topics.state, 3)])
         self._producer = Producer(
             {"bootstrap.servers": made.bootstrap, "transactional.id": made.name, "transaction.timeout.ms": 60_000}
         )
