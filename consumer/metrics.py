@@ -6,8 +6,9 @@ The service's loop hands over a `Status` now and then; a scrape, which runs in a
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -86,17 +87,30 @@ _COUNTERS = {
 }
 
 
-class Vitals(ABC):
-    """What a process measures, in a registry of its own, and whether its loop comes by."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._came_by = time.monotonic()
+class Standing(Protocol):
+    """What is asked of the status of any process."""
 
     @property
-    @abstractmethod
     def ready(self) -> bool:
         """Whether the process does its work."""
+
+
+S = TypeVar("S", bound=Standing)
+
+
+class Vitals(ABC, Generic[S]):
+    """What a process measures, in a registry of its own, how it stands, and whether its loop comes by."""
+
+    def __init__(self, status: S) -> None:
+        self.registry = CollectorRegistry()
+        self.status = status
+        self._came_by = time.monotonic()
+        self.registry.register(self)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the process does its work."""
+        return self.status.ready
 
     def beat(self) -> None:
         """Note that the loop came by."""
@@ -115,12 +129,11 @@ class Vitals(ABC):
         return Histogram(f"{PREFIX}_{name}", text, buckets=_SECONDS, registry=self.registry)
 
 
-class Metrics(Vitals):
+class Metrics(Vitals[Status]):
     """Everything that is measured of the detector."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.status = Status()
+        super().__init__(Status())
         self.batch_seconds = self._histogram("batch_seconds", "Decoding and judging of one batch of messages.")
         self.batch_messages = Histogram(
             f"{PREFIX}_batch_messages", "Messages of one batch.", buckets=_MESSAGES, registry=self.registry
@@ -131,22 +144,16 @@ class Metrics(Vitals):
         self.restored_records = Counter(
             f"{PREFIX}_restored_records", "State records read to restore windows.", registry=self.registry
         )
-        self.registry.register(self)
-
-    @property
-    def ready(self) -> bool:
-        """Whether it is in its group, and its partitions are restored."""
-        return self.status.ready
 
     def collect(self) -> Iterator[Metric]:
         """Yield what the last status says."""
         status = self.status
-        for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"{PREFIX}_{name}", text, value=status.counts.get(name, 0))
+        yield from counters(_COUNTERS, status.counts)
         yield counter("alerts", "Alerts published, revisions included.", "severity", status.alerts)
         yield counter("dead_letters", "Messages that could not be decoded.", "reason", status.dead_letters)
-        outcomes = {outcome: status.reloads.get(outcome, 0) for outcome in OUTCOMES}
-        yield counter("reloads", "New models and thresholds, by what became of them.", "outcome", outcomes)
+        yield counter(
+            "reloads", "New models and thresholds, by what became of them.", "outcome", status.reloads, OUTCOMES
+        )
         thresholds = GaugeMetricFamily(f"{PREFIX}_threshold_nats", "Thresholds in use.", labels=["severity"])
         for severity, threshold in status.levels.items():
             thresholds.add_metric([severity], threshold)
@@ -156,10 +163,16 @@ class Metrics(Vitals):
         yield from _partitions(status.partitions)
 
 
-def counter(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
-    """Return a counter with a value for each value of its label."""
+def counters(texts: Mapping[str, str], counts: Mapping[str, int], prefix: str = "") -> Iterator[Metric]:
+    """Yield a counter for each name in `texts`; what is not among the counts is 0."""
+    for name, text in texts.items():
+        yield CounterMetricFamily(f"{PREFIX}_{prefix}{name}", text, value=counts.get(name, 0))
+
+
+def counter(name: str, text: str, label: str, counts: Mapping[str, int], known: Iterable[str] = ()) -> Metric:
+    """Return a counter with a count for each value of its label; of the `known` ones that have none it is 0."""
     family = CounterMetricFamily(f"{PREFIX}_{name}", text, labels=[label])
-    for value, count in values.items():
+    for value, count in {**dict.fromkeys(known, 0), **counts}.items():
         family.add_metric([value], count)
     return family
 

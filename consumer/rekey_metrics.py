@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 
 from consumer.letters import KINDS
-from consumer.metrics import OUTCOMES, PREFIX, Vitals, by_partition, counter
+from consumer.metrics import OUTCOMES, PREFIX, Vitals, by_partition, counter, counters
 
 _COUNTERS = {
     "lines": "Lines done with: sent as events or dead letters, or skipped.",
@@ -47,29 +47,19 @@ class RekeyStatus:
         )
 
 
-class RekeyMetrics(Vitals):
+class RekeyMetrics(Vitals[RekeyStatus]):
     """Everything that is measured of the re-keyer."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.status = RekeyStatus()
+        super().__init__(RekeyStatus())
         self.commit_seconds = self._histogram("rekey_commit_seconds", "Making events and offsets durable.")
-        self.registry.register(self)
-
-    @property
-    def ready(self) -> bool:
-        """Whether it is in its group."""
-        return self.status.ready
 
     def collect(self) -> Iterator[Metric]:
         """Yield what the last status says."""
         status = self.status
-        for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"{PREFIX}_rekey_{name}", text, value=status.counts.get(name, 0))
-        letters = {kind: status.dead_letters.get(kind, 0) for kind in KINDS}
-        yield counter("rekey_dead_letters", "Messages that could not be cut.", "reason", letters)
-        outcomes = {outcome: status.reloads.get(outcome, 0) for outcome in OUTCOMES}
-        yield counter("rekey_reloads", "New models, by what became of them.", "outcome", outcomes)
+        yield from counters(_COUNTERS, status.counts, "rekey_")
+        yield counter("rekey_dead_letters", "Messages that could not be cut.", "reason", status.dead_letters, KINDS)
+        yield counter("rekey_reloads", "New models, by what became of them.", "outcome", status.reloads, OUTCOMES)
         yield GaugeMetricFamily(f"{PREFIX}_rekey_ready", "1 while it is in its group.", float(status.ready))
         yield InfoMetricFamily(f"{PREFIX}_rekey_artifacts", "Model in use.", value={"model": status.model})
         yield by_partition("rekey_pending_lines", "Lines that wait until none older can come.", status.pending)

@@ -63,7 +63,7 @@ class WebServer:
         UserError: the address cannot be had.
     """
 
-    def __init__(self, metrics: Vitals, board: Board | None, listen: str) -> None:
+    def __init__(self, metrics: Vitals[Any], board: Board | None, listen: str) -> None:
         self._metrics, self._board = metrics, board
         self._scrape = make_wsgi_app(metrics.registry)
         host, _, port = listen.rpartition(":")
@@ -109,7 +109,7 @@ class WebServer:
 
 
 @contextmanager
-def serving(metrics: Vitals, board: Board | None, listen: str | None) -> Iterator[None]:
+def serving(metrics: Vitals[Any], board: Board | None, listen: str | None) -> Iterator[None]:
     """Serve at an address as long as the context lasts; do nothing if there is none.
 
     Raises:
