@@ -40,7 +40,6 @@ class _Partition(Generic[T]):
 
     Attributes:
         read: offset after the last line read.
-        latest: largest time so far.
         at_end: whether nothing more is to be expected for now.
         heard: whether a line came since it was assigned: what was known of its end before may be outdated.
         end: where it ended at the turn `lap`, once that is known.
@@ -50,8 +49,7 @@ class _Partition(Generic[T]):
     read: int
     lines: deque[_Line[T]] = field(default_factory=deque)
     size: int = 0
-    latest: float = -math.inf
-    age: tuple[float, int] = (-math.inf, -1)
+    age: tuple[float, int] = (-math.inf, -1)  # of the last line read
     at_end: bool = False
     heard: bool = False
     paused: bool = False
@@ -135,9 +133,8 @@ class Merge(Generic[T]):
         known = self._partitions[partition]
         known.read = offset + 1
         known.heard, known.at_end = True, False
-        if time is not None and time > known.latest:
-            known.latest = time
-        known.age = max(known.age, (known.latest, sent))
+        latest = known.age[0] if time is None else max(known.age[0], time)
+        known.age = max(known.age, (latest, sent))
         if not known.lines:
             heappush(self._heads, (known.age, partition))
         known.lines.append(_Line(known.age, offset, self._turn, size + _LINE_BYTES, content))
