@@ -1,13 +1,20 @@
 """Makes clients of Kafka: a setting that librdkafka refuses is named in a sentence."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from confluent_kafka import Consumer, KafkaException, Producer
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from consumer.patience import Patience
 from consumer.settings import Settings
 from model.errors import UserError
+
+log = logging.getLogger("consumer")
+
+CALL_SECONDS = 10.0
+"""How long a broker may take to answer a question."""
 
 Client = TypeVar("Client", Consumer, Producer, AdminClient)
 
@@ -28,6 +35,43 @@ def client(kind: type[Client], settings: Settings, config: Mapping[str, Any], **
         return kind(dict(config), **options)
     except KafkaException as error:
         raise _setting_error(settings, error) from None
+
+
+def member(settings: Settings, patience: Patience, *, defaults: Mapping[str, Any], **own: Any) -> Consumer:
+    """Make a member of a consumer group that decides by itself where to read on, and commits in its own way.
+
+    Args:
+        settings: where librdkafka's settings of users are.
+        patience: hears of trouble.
+        defaults: settings that users may change.
+        own: settings that they may not, with _ for .
+
+    Raises:
+        UserError: librdkafka refuses a setting.
+    """
+    fixed = {
+        "auto.offset.reset": "error",  # never jump in silence
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "isolation.level": "read_committed",
+        "partition.assignment.strategy": "cooperative-sticky",
+        "error_cb": patience.notice,
+    }
+    config = {"log_level": 2, **defaults, **settings.kafka.for_consumer(**own), **fixed}
+    return client(Consumer, settings, config, logger=log)
+
+
+def committed_offsets(consumer: Consumer, wanted: Sequence[TopicPartition]) -> list[TopicPartition]:
+    """Return the offsets that the group of a consumer has committed.
+
+    Raises:
+        KafkaException: no broker tells, of one partition at least.
+    """
+    found: list[TopicPartition] = consumer.committed(list(wanted), timeout=CALL_SECONDS)
+    for place in found:
+        if place.error is not None:
+            raise KafkaException(place.error)
+    return found
 
 
 def _setting_error(settings: Settings, error: KafkaException) -> UserError:

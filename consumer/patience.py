@@ -12,14 +12,16 @@ import socket
 import time
 from collections.abc import Callable
 from threading import Event, Thread
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
-from confluent_kafka import KafkaError
+from confluent_kafka import Consumer, KafkaError, KafkaException
 
 from consumer.refusals import with_remedy
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
+
+T = TypeVar("T")
 
 NOT_COMMITTED = 3
 """Exit status of a stop that left events to be done again."""
@@ -122,6 +124,21 @@ class Patience:
         """
         self.check()
         self._say(error.code(), f"{error.str()}; trying again until it works")
+
+    def ask(self, client: Consumer, call: Callable[[], T]) -> T:
+        """Make a call again while brokers are away or busy: a predecessor's transaction may have to time out first.
+
+        Raises:
+            UserError: Kafka refuses, or as `check`.
+        """
+        while True:
+            try:
+                return call()
+            except KafkaException as error:
+                if not is_passing(error.args[0]):
+                    raise UserError(f"kafka: {with_remedy(error.args[0])}") from None
+                client.poll(0.1)  # a pause in which the client tells its troubles
+                self.retry(error.args[0])
 
     def end_on(self, *signals: signal.Signals) -> None:
         """Stop at any of these signals, from the main thread: what is done is committed while brokers answer."""

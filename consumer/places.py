@@ -1,23 +1,17 @@
 """Where a re-keyer reads on in each partition: at the group's committed offset, or what comes nearest to it."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
-from typing import TypeVar
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 
-from consumer.patience import Patience, is_passing
-from consumer.refusals import with_remedy
+from consumer.clients import CALL_SECONDS, committed_offsets
+from consumer.patience import Patience
 from consumer.settings import Settings
-from model.errors import UserError
 
 log = logging.getLogger("consumer")
-
-T = TypeVar("T")
-
-_CALL_SECONDS = 10.0
 
 
 class Places:
@@ -46,8 +40,8 @@ class Places:
         wanted = [TopicPartition(self._topic, partition) for partition in partitions]
         starts = []
         with closing(self._asker()) as asker:  # the group's own client must not be asked this in its callbacks
-            for found in self._patiently(asker, lambda: _committed(self._consumer, wanted)):
-                low, high = self._patiently(asker, partial(_bounds, asker, self._topic, found.partition))
+            for found in self._patience.ask(asker, lambda: committed_offsets(self._consumer, wanted)):
+                low, high = self._patience.ask(asker, partial(_bounds, asker, self._topic, found.partition))
                 starts.append(TopicPartition(self._topic, found.partition, self._start(found, low, high)))
         return starts
 
@@ -61,8 +55,7 @@ class Places:
             log.warning("%s: the topic was made anew: reading it from its beginning", where)
             return low
         if committed.offset < 0:
-            policy = str(self._kafka.for_consumer().get("auto.offset.reset", "earliest"))
-            return high if policy in {"latest", "largest", "end"} else low
+            return high if self._kafka.begins_at_end else low
         if committed.offset < low:
             log.warning(
                 "%s: lines %d to %d were deleted before they were read; keep lines for longer than this process may "
@@ -70,26 +63,7 @@ class Places:
             )  # fmt: skip
         return max(committed.offset, low)
 
-    def _patiently(self, asker: Consumer, call: Callable[[], T]) -> T:
-        """Make a call again while brokers are away or busy: a predecessor's transaction may have to time out first."""
-        while True:
-            try:
-                return call()
-            except KafkaException as error:
-                if not is_passing(error.args[0]):
-                    raise UserError(f"kafka: {with_remedy(error.args[0])}") from None
-                asker.poll(0.1)  # a pause in which the client tells its troubles
-                self._patience.retry(error.args[0])
-
 
 def _bounds(asker: Consumer, topic: str, partition: int) -> tuple[int, int]:
     """Return the first offset of a partition, and the one after its last."""
-    return asker.get_watermark_offsets(TopicPartition(topic, partition), timeout=_CALL_SECONDS)
-
-
-def _committed(consumer: Consumer, wanted: Sequence[TopicPartition]) -> list[TopicPartition]:
-    found: list[TopicPartition] = consumer.committed(list(wanted), timeout=_CALL_SECONDS)
-    for place in found:
-        if place.error is not None:
-            raise KafkaException(place.error)
-    return found
+    return asker.get_watermark_offsets(TopicPartition(topic, partition), timeout=CALL_SECONDS)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
 
-from consumer.clients import client
+from consumer.clients import member
 from consumer.cutting import Cut, Cutter
 from consumer.merge import Merge
 from consumer.patience import Patience
@@ -34,24 +34,7 @@ def lines_consumer(settings: Settings, group: str, patience: Patience) -> Consum
     Raises:
         UserError: librdkafka refuses a setting.
     """
-    return client(
-        Consumer,
-        settings,
-        {"log_level": 2}
-        | _SIDE_BY_SIDE
-        | settings.kafka.for_consumer()
-        | {
-            "group.id": group,
-            "auto.offset.reset": "error",  # never jump in silence
-            "enable.auto.commit": False,
-            "enable.auto.offset.store": False,
-            "enable.partition.eof": True,
-            "isolation.level": "read_committed",
-            "partition.assignment.strategy": "cooperative-sticky",
-            "error_cb": patience.notice,
-        },
-        logger=log,
-    )
+    return member(settings, patience, defaults=_SIDE_BY_SIDE, group_id=group, enable_partition_eof=True)
 
 
 class Reading:

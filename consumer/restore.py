@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from consumer.checkpoint import Recovered, Replay, recover
-from consumer.clients import client
+from consumer.clients import CALL_SECONDS, client, committed_offsets
 from consumer.faultpoints import come_by
 from consumer.patience import Patience, is_passing
 from consumer.refusals import with_remedy
@@ -26,9 +26,6 @@ from model.vocabulary import Vocabulary
 
 log = logging.getLogger("consumer")
 
-T = TypeVar("T")
-
-_CALL_SECONDS = 10.0
 _SAY_AFTER_SECONDS = 5.0
 
 
@@ -118,8 +115,9 @@ class Restorer:
     def _start(self, admin: AdminClient, reader: Consumer, partition: int, vocabulary: Vocabulary) -> Start:
         began = time.monotonic()
         topic = self._settings.topics.events
-        committed = self._patiently(reader, lambda: self._committed(topic, partition))
-        low, high = self._patiently(reader, lambda: self._bounds(reader, topic, partition))
+        place = TopicPartition(topic, partition)
+        (committed,) = self._patience.ask(reader, lambda: committed_offsets(self._group, [place]))
+        low, high = self._patience.ask(reader, lambda: self._bounds(reader, topic, partition))
         asked = time.monotonic()
         records = self._read(admin, reader, partition)
         kafka = time.monotonic() - asked
@@ -169,8 +167,7 @@ class Restorer:
         return Start(offset, recovered, replay, [])
 
     def _fresh_offset(self, partition: int, low: int, high: int) -> int:
-        policy = str(self._settings.kafka.for_consumer().get("auto.offset.reset", "earliest"))
-        if policy not in {"latest", "largest", "end"}:
+        if not self._settings.kafka.begins_at_end:
             return low
         chosen = self._chosen.get(partition, high)
         if not low <= chosen <= high:
@@ -196,21 +193,15 @@ class Restorer:
             logger=log,
         )
 
-    def _committed(self, topic: str, partition: int) -> TopicPartition:
-        (committed,) = self._group.committed([TopicPartition(topic, partition)], timeout=_CALL_SECONDS)
-        if committed.error is not None:
-            raise KafkaException(committed.error)
-        return committed
-
     def _bounds(self, reader: Consumer, topic: str, partition: int) -> tuple[int, int]:
         """Return the first offset of an input partition, and the one after its last."""
         if partition not in _partitions(reader, topic):
             raise UserError(f"topic {topic} no longer has the partition {partition}; was it deleted?")
-        return reader.get_watermark_offsets(TopicPartition(topic, partition), timeout=_CALL_SECONDS)
+        return reader.get_watermark_offsets(TopicPartition(topic, partition), timeout=CALL_SECONDS)
 
     def _require(self, reader: Consumer, topic: str, partition: int) -> None:
         # Not the group's consumer: this runs in its callback, and there list_topics would break its next callback.
-        if partition not in self._patiently(reader, lambda: _partitions(reader, topic)):
+        if partition not in self._patience.ask(reader, lambda: _partitions(reader, topic)):
             check_state_topic(self._settings)  # partitions were added to the event topic, or this one was deleted
 
     def _end(self, admin: AdminClient, topic: str, partition: int) -> int:
@@ -219,7 +210,7 @@ class Restorer:
         found = admin.list_offsets(
             {place: OffsetSpec.latest()},
             isolation_level=IsolationLevel.READ_UNCOMMITTED,
-            request_timeout=_CALL_SECONDS,
+            request_timeout=CALL_SECONDS,
         )
         return int(found[place].result().offset)
 
@@ -252,7 +243,7 @@ class Restorer:
                     else:
                         records[message.key()] = message.value()
                 elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own
-                    if message.offset() >= self._patiently(reader, lambda: self._end(admin, topic, partition)):
+                    if message.offset() >= self._patience.ask(reader, lambda: self._end(admin, topic, partition)):
                         return records
                     waits = ", waiting for the end of a transaction"  # another end is told when that has come
                 elif is_passing(error):
@@ -264,20 +255,9 @@ class Restorer:
                 said = time.monotonic()
                 log.info("restoring %s/%d: %s records read%s", topic, partition, f"{count:,}", waits)
 
-    def _patiently(self, reader: Consumer, call: Callable[[], T]) -> T:
-        """Make a call again while brokers are away or busy: a predecessor's transaction may have to time out first."""
-        while True:
-            try:
-                return call()
-            except KafkaException as error:
-                if not is_passing(error.args[0]):
-                    raise UserError(f"kafka: {with_remedy(error.args[0])}") from None
-                reader.poll(0.1)  # a pause in which the client tells its troubles
-                self._patience.retry(error.args[0])
-
 
 def _partitions(reader: Consumer, topic: str) -> Mapping[int, Any]:
-    found = reader.list_topics(topic, timeout=_CALL_SECONDS).topics[topic]
+    found = reader.list_topics(topic, timeout=CALL_SECONDS).topics[topic]
     if found.error is not None and is_passing(found.error):
         raise KafkaException(found.error)
     return found.partitions

@@ -19,7 +19,7 @@ from consumer.alerts import Alert
 from consumer.artifacts import Artifacts, ArtifactWatcher
 from consumer.board import Board
 from consumer.checkpoint import PER_COMMIT, Checkpointer, Replay
-from consumer.clients import client
+from consumer.clients import member
 from consumer.crossings import Crossings
 from consumer.delivery import StateRecord, TransactionAborted, delivery_for
 from consumer.drift import MEANING
@@ -101,21 +101,7 @@ class Service:
     def _run(self) -> None:
         rehearse(self._watcher.in_use, self._settings)
         self._delivery = delivery_for(self._settings, self._patience)
-        self._consumer = client(
-            Consumer,
-            self._settings,
-            {"log_level": 2}
-            | self._settings.kafka.for_consumer()
-            | {
-                "auto.offset.reset": "error",  # never jump in silence: the restorer finds out where to go on
-                "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
-                "isolation.level": "read_committed",
-                "partition.assignment.strategy": "cooperative-sticky",
-                "error_cb": self._patience.notice,
-            },
-            logger=log,
-        )
+        self._consumer = member(self._settings, self._patience, defaults={})
         self._restorer = Restorer(self._settings, self._consumer, self._patience, self._metrics.restored_records.inc)
         try:
             self._consumer.subscribe(

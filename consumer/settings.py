@@ -71,6 +71,11 @@ class KafkaSettings(Section):
         """The consumer group's id."""
         return str(self.consumer.get("group.id", ""))
 
+    @property
+    def begins_at_end(self) -> bool:
+        """Whether a group without offsets begins at the end of a topic."""
+        return str(self.for_consumer().get("auto.offset.reset", "earliest")) in {"latest", "largest", "end"}
+
     def for_consumer(self, **own: Scalar) -> dict[str, Scalar]:
         """Return a consumer's configuration; `own` (with _ for .) comes last."""
         return {**self.common, **self.consumer, **_dotted(own)}
