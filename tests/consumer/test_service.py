@@ -1,6 +1,7 @@
 """The order of the service's steps, with Kafka's part played by hand: what no real broker does on demand."""
 
 import json
+import re
 import time
 from datetime import timedelta
 from urllib.error import HTTPError
@@ -9,18 +10,20 @@ from urllib.request import urlopen
 import msgspec
 import numpy as np
 import pytest
-from confluent_kafka import KafkaError, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from consumer.artifacts import Artifacts
 from consumer.checkpoint import Replay, recover
 from consumer.delivery import TransactionAborted
+from consumer.detector import Detector
 from consumer.patience import Patience
 from consumer.records import BLOCK, VOCABULARY, SessionState, vocabulary_id
 from consumer.restore import Start
 from consumer.service import Service
-from consumer.settings import CommitSettings, Settings
-from consumer.web import WebServer
+from consumer.settings import CommitSettings, MetricsSettings, Settings
 from model.errors import UserError
+
+TOPICS = Settings().topics
 
 
 class Message:
@@ -47,11 +50,15 @@ class Message:
         return 1, 2000
 
 
-class Astray(Message):
-    """What librdkafka hands out when the next offset is no longer in the topic."""
+class Trouble(Message):
+    """What librdkafka hands out in the place of a message."""
+
+    def __init__(self, partition, code):
+        super().__init__(partition, -1, "")
+        self._code = code
 
     def error(self):
-        return KafkaError(KafkaError._AUTO_OFFSET_RESET, "offset out of range")
+        return KafkaError(self._code, "as a test wants it")
 
 
 class Garbage(Message):
@@ -90,28 +97,64 @@ class Delivery:
         self.visible += sent
         self.committed |= {place.partition: place.offset for place in offsets}
 
+    def close(self):
+        pass
 
-class Script:
-    """A group's consumer: each call of consume plays the next scene."""
+    @property
+    def alerted(self):
+        return [key for topic, key in self.visible if topic == TOPICS.alerts]
 
-    def __init__(self, *scenes):
-        self._scenes = iter(scenes)
-        self.sought = []
+
+class Patient(Patience):
+    """Patience that ends when told to."""
+
+    stop_asked = False
+
+
+class Member:
+    """A member of a group: each call of consume plays the next scene, in which partitions come and go."""
+
+    def __init__(self):
+        self.sought, self.owned = [], set()
+
+    def subscribe(self, _, *, on_assign, on_revoke, on_lost):
+        self.callbacks = {"assign": on_assign, "revoke": on_revoke, "lose": on_lost}
+
+    def rebalance(self, what, *numbers):
+        self.callbacks[what](self, [TopicPartition("log-events", number) for number in numbers])
 
     def consume(self, *_):
-        return next(self._scenes)() or []
+        scene = self.scenes.pop(0)
+        self.patience.stop_asked = not self.scenes
+        return scene() or []
 
-    def incremental_assign(self, _):
-        pass
+    def incremental_assign(self, places):
+        self.owned |= {place.partition for place in places}
 
-    def incremental_unassign(self, _):
-        pass
+    def incremental_unassign(self, places):
+        self.owned -= {place.partition for place in places}
 
     def get_watermark_offsets(self, *_, **__):
         return 0, 10
 
     def seek(self, place):
         self.sought.append((place.partition, place.offset))
+
+    def close(self):
+        self.rebalance("revoke", *self.owned)
+
+
+class Restorer:
+    """Nothing is stored but the offsets."""
+
+    def __init__(self, delivery):
+        self._delivery = delivery
+
+    def starts(self, partitions, vocabulary):
+        for partition in partitions:
+            offset = self._delivery.committed.get(partition, 0)
+            empty = recover({}, vocabulary)
+            yield Start(offset, empty, Replay(offset, offset), [], chosen=not self._delivery.committed)
 
 
 class Clock:
@@ -135,37 +178,63 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def service(bundle, make_threshold):
-    settings = Settings(commit=CommitSettings(interval=timedelta(milliseconds=300)))
-    made = Service(settings, Artifacts(bundle, make_threshold(3.0)), Patience())
-    made._delivery = Delivery()
-
-    class Restorer:
-        @staticmethod
-        def starts(partitions, vocabulary):
-            for partition in partitions:
-                offset = made._delivery.committed.get(partition, 0)
-                empty = recover({}, vocabulary)
-                yield Start(offset, empty, Replay(offset, offset), [], chosen=not made._delivery.committed)
-
-    made._restorer = Restorer
-    return made
+def delivery():
+    return Delivery()
 
 
-def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_that_stay(service, clock):
+@pytest.fixture
+def restorer(delivery):
+    return Restorer(delivery)
+
+
+@pytest.fixture
+def member():
+    return Member()
+
+
+@pytest.fixture
+def play(bundle, make_threshold, delivery, restorer, member, monkeypatch):
+    """Run a service through scenes."""
+    monkeypatch.setattr("consumer.service.rehearse", lambda *_: None)
+    monkeypatch.setattr("consumer.service.delivery_for", lambda *_: delivery)
+    monkeypatch.setattr("consumer.service.member", lambda *_, **__: member)
+    monkeypatch.setattr("consumer.service.Restorer", lambda *_: restorer)
+
+    def play(*scenes, **settings):
+        member.scenes, member.patience = list(scenes), Patient()
+        interval = CommitSettings(interval=timedelta(milliseconds=300))
+        service = Service(
+            Settings(commit=interval, **settings), Artifacts(bundle, make_threshold(3.0)), member.patience
+        )
+        service.run()
+        return service
+
+    return play
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_stop_commits_what_is_done(play, delivery, member):
+    def events():
+        member.rebalance("assign", 0, 1)
+        return [Message(0, 0, "x"), Garbage(1, 0, "g")]
+
+    service = play(events)
+    assert delivery.committed == {0: 1, 1: 1}
+    assert delivery.visible == [(TOPICS.alerts, b"x"), (TOPICS.dead_letters, b"g")]
+    assert service.summary().startswith("2 messages, 1 looks, 1 windows scored, 1 alerts, 1 dead letters, 0 open")
+    assert not member.owned
+
+
+def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_that_stay(play, delivery, member, clock):
     """What the failed commit was to publish is gone from memory: it is read again before anything is committed."""
-    delivery = service._delivery
-    places = [TopicPartition("log-events", number) for number in (0, 1)]
-
-    def assign():
-        service._on_assign(consumer, places)
 
     def events():
+        member.rebalance("assign", 0, 1)
         return [Message(0, 0, "x"), Message(1, 0, "y")]
 
     def revoke():
         delivery.fails = True
-        service._on_revoke(consumer, places[1:])
+        member.rebalance("revoke", 1)
         clock.sleep(0.4)  # the next commit falls due
         return [Message(0, 1, "x")]  # read ahead by the client: too early, since 0 has to come again
 
@@ -173,108 +242,144 @@ def test_a_commit_that_fails_in_a_revocation_loses_nothing_of_the_partitions_tha
         assert delivery.committed.get(0, 0) == 0
         return [Message(0, 0, "x")]
 
-    def commit():
-        service._commit()
-        service._patience._stop.set()
-
-    consumer = service._consumer = Script(assign, events, revoke, again, commit)
-    service._loop()
-    assert consumer.sought == [(0, 0)]
+    play(events, revoke, again)
+    assert member.sought == [(0, 0)]
     assert delivery.committed == {0: 1}
-    assert [key for topic, key in delivery.visible if topic == service._settings.topics.alerts] == [b"x"]
+    assert delivery.alerted == [b"x"]
 
 
-def test_a_place_lost_in_the_topic_costs_no_other_partition_its_alerts_twice(service):
+def test_a_place_lost_in_the_topic_costs_no_other_partition_its_alerts_twice(play, delivery, member):
     """All partitions go back to what is committed, so what the open transaction holds must not be committed."""
-    places = [TopicPartition("log-events", number) for number in (0, 1)]
-
-    def assign():
-        service._on_assign(consumer, places)
 
     def alert_and_lose_the_place():
-        return [Message(1, 0, "y"), Astray(0, 0, "x")]
+        member.rebalance("assign", 0, 1)
+        return [Message(1, 0, "y"), Trouble(0, KafkaError._AUTO_OFFSET_RESET)]
 
     def again():
-        assert consumer.sought == [(1, 0)]
+        assert member.sought == [(1, 0)]
         return [Message(1, 0, "y")]
 
-    def commit():
-        service._commit()
-        service._patience._stop.set()
-
-    consumer = service._consumer = Script(assign, alert_and_lose_the_place, again, commit)
-    service._loop()
-    alerts = [key for topic, key in service._delivery.visible if topic == service._settings.topics.alerts]
-    assert alerts == [b"y"]
+    play(alert_and_lose_the_place, again)
+    assert delivery.alerted == [b"y"]
 
 
-def test_where_a_group_without_offsets_begins_is_committed_before_anything_comes(service, clock):
+def test_a_lost_partition_takes_the_transaction_of_the_others_with_it(play, delivery, member):
+    def events():
+        member.rebalance("assign", 0, 1)
+        return [Message(0, 0, "x"), Message(1, 0, "y")]
+
+    def lose():
+        member.rebalance("lose", 1)
+        assert not delivery.pending
+
+    def again():
+        assert member.sought == [(0, 0)]
+        return [Message(0, 0, "x"), Message(1, 1, "z")]  # of the other, read before
+
+    play(events, lose, again)
+    assert delivery.committed == {0: 1}
+    assert delivery.alerted == [b"x"]
+
+
+def test_where_a_group_without_offsets_begins_is_committed_before_anything_comes(play, delivery, member, clock):
     """With auto.offset.reset: latest, whoever comes after a crash would begin behind all that came meanwhile."""
 
     def assign():
-        service._on_assign(consumer, [TopicPartition("log-events", 0)])
+        member.rebalance("assign", 0)
         clock.sleep(0.4)  # the next commit falls due
 
-    consumer = service._consumer = Script(assign, service._patience._stop.set)
-    service._loop()
-    assert service._delivery.committed == {0: 0}
+    def look():
+        assert delivery.committed == {0: 0}
+
+    play(assign, look)
 
 
-def test_nothing_is_sent_before_all_of_a_batch_is_judged(service, monkeypatch):
+def test_nothing_is_sent_before_all_of_a_batch_is_judged(play, delivery, member, monkeypatch):
     """What is sent first opens the transaction, and a storm of alerts takes long to judge: its time would run out."""
     sent_before = []
-    process = service._detector.process
+    process = Detector.process
 
-    def judge(batches):
-        sent_before.extend(service._delivery.pending)
-        return process(batches)
+    def judge(detector, batches):
+        sent_before.extend(delivery.pending)
+        return process(detector, batches)
 
-    monkeypatch.setattr(service._detector, "process", judge)
-    service._consumer = Script()
-    service._on_assign(service._consumer, [TopicPartition("log-events", number) for number in (0, 1)])
-    service._take([Garbage(0, 0, "g"), Message(0, 1, "x"), Message(1, 0, "y"), Garbage(1, 1, "h")])
+    def events():
+        member.rebalance("assign", 0, 1)
+        return [Garbage(0, 0, "g"), Message(0, 1, "x"), Message(1, 0, "y"), Garbage(1, 1, "h")]
+
+    monkeypatch.setattr(Detector, "process", judge)
+    service = play(events)
     assert sent_before == []
-    topics = service._settings.topics
-    assert service._delivery.pending == [
-        (topics.alerts, b"x"),
-        (topics.alerts, b"y"),
-        (topics.dead_letters, b"g"),
-        (topics.dead_letters, b"h"),
+    assert delivery.visible == [
+        (TOPICS.alerts, b"x"),
+        (TOPICS.alerts, b"y"),
+        (TOPICS.dead_letters, b"g"),
+        (TOPICS.dead_letters, b"h"),
     ]
     assert service.dead_letters.total() == 2
 
 
-def test_waiting_for_brokers_is_no_reason_to_be_called_dead(service, monkeypatch):
-    server = WebServer(service._metrics, service._board, "127.0.0.1:0")
+def test_waiting_for_brokers_is_no_reason_to_be_called_dead(play, member, caplog, monkeypatch):
+    caplog.set_level("INFO")
 
     def health():
+        (address,) = re.findall(r"http://([\d.:]+)", caplog.text)
         try:
-            with urlopen(f"http://{server.address}/healthz", timeout=10) as answer:
+            with urlopen(f"http://{address}/healthz", timeout=10) as answer:
                 return answer.status
         except HTTPError as error:
             return error.code
 
-    try:
+    def wait():
         assert health() == 200
         monkeypatch.setattr("consumer.metrics.HANGS_AFTER_SECONDS", 1.0)
         time.sleep(1)
         assert health() == 503  # the loop has not come by
-        service._patience.retry(KafkaError(KafkaError._TIMED_OUT, "no broker answers"))
+        member.patience.retry(KafkaError(KafkaError._TIMED_OUT, "no broker answers"))
         assert health() == 200
-    finally:
-        server.close()
+
+    play(wait, metrics=MetricsSettings(listen="127.0.0.1:0"))
 
 
-def test_a_process_that_ends_with_an_error_does_not_wait_for_brokers_to_abort(service):
+def test_a_process_that_ends_with_an_error_does_not_wait_for_brokers_to_abort(play, delivery, member):
     def never_returns():
         raise AssertionError("abort waits for brokers for as long as it takes")
 
-    service._on_assign(Script(), [TopicPartition("log-events", 0)])
-    service._failure = "the topic was deleted"
-    service._delivery.abort = never_returns
-    service._on_lost(Script(), [TopicPartition("log-events", 0)])
-    with pytest.raises(UserError, match="the topic was deleted"):
-        service._raise_failure()
+    def hopeless():
+        member.rebalance("assign", 0)
+        delivery.abort = never_returns
+        return [Trouble(0, KafkaError.UNKNOWN_TOPIC_OR_PART)]
+
+    member.close = lambda: member.rebalance("lose", 0)
+    with pytest.raises(UserError, match="log-events: as a test wants it"):
+        play(hopeless)
+
+
+def test_a_process_that_ends_with_an_error_commits_nothing_half_done(play, delivery, member):
+    def fail():
+        member.rebalance("assign", 0)
+        delivery.send = lambda *_: {}["a bug"]
+        return [Message(0, 0, "x")]
+
+    with pytest.raises(KeyError, match="a bug"):
+        play(fail)
+    assert delivery.committed == {}
+    assert not member.owned
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_place_that_cannot_be_gone_back_to_ends_in_a_sentence(play, delivery, member):
+    def refuse(_):
+        raise KafkaException(KafkaError(KafkaError._STATE, "erroneous state"))
+
+    def fail():
+        member.rebalance("assign", 0)
+        member.seek = refuse
+        raise TransactionAborted("fenced")
+
+    with pytest.raises(UserError, match=r"kafka: cannot go back to .*log-events.*: erroneous state"):
+        play(fail, lambda: None)
+    assert delivery.committed == {}
 
 
 @pytest.mark.parametrize(
@@ -286,19 +391,16 @@ def test_a_process_that_ends_with_an_error_does_not_wait_for_brokers_to_abort(se
     ],
     ids=["no vocabulary", "cut off", "something behind its end"],
 )
-def test_a_damaged_record_ends_in_a_sentence(service, bundle, damage):
+def test_a_damaged_record_ends_in_a_sentence(play, restorer, member, bundle, damage):
     """Records are read in bulk when they are restored, in a callback that must not raise."""
     state = SessionState(1, 0, 0, 0, 0, 0, np.array([4], np.uint16), np.array([0]), np.array([0]))
     name = vocabulary_id(bundle.vocabulary.events)
     records = {BLOCK + b"x": state.pack(name), VOCABULARY + name: msgspec.msgpack.encode(bundle.vocabulary.events)}
 
-    class Restorer:
-        @staticmethod
-        def starts(partitions, vocabulary):
-            for _ in partitions:
-                yield Start(1, recover(damage(records), vocabulary), Replay(1, 1), [])
+    def starts(partitions, vocabulary):
+        for _ in partitions:
+            yield Start(1, recover(damage(records), vocabulary), Replay(1, 1), [])
 
-    service._restorer = Restorer
-    service._on_assign(Script(), [TopicPartition("log-events", 0)])
+    restorer.starts = starts
     with pytest.raises(UserError, match=r"log-.*/0: the stored windows cannot be read \(.*\); delete the topic"):
-        service._raise_failure()
+        play(lambda: member.rebalance("assign", 0))
