@@ -173,7 +173,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr("consumer.service.time", made)
+    for module in ("service", "assignment", "partition"):
+        monkeypatch.setattr(f"consumer.{module}.time", made)
     return made
 
 

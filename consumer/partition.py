@@ -1,0 +1,102 @@
+"""One partition of the event topic while this process owns it: how far it is read, what of that is not committed."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consumer.checkpoint import Checkpointer, Replay
+from consumer.delivery import StateRecord
+from consumer.detector import Detector
+from consumer.restore import Start, readable
+from consumer.settings import Settings
+
+
+class Partition:
+    """A partition that is taken over: the detector watches it from here on.
+
+    Args:
+        number: its number in the topic.
+        start: where to begin, and with which windows.
+
+    Attributes:
+        position: the offset to be read next.
+        touched: whether something happened since the last commit.
+
+    Raises:
+        UserError: the windows cannot be read.
+    """
+
+    def __init__(self, settings: Settings, detector: Detector, number: int, start: Start) -> None:
+        recovered = start.recovered
+        with readable(settings.topics.state, number):
+            detector.assign(
+                number,
+                recovered.sessions,
+                recovered.checkpoint.watermark if recovered.checkpoint else None,
+                start.offset,
+                drift=recovered.drift,
+                since=start.replay.until,
+            )
+        self.number = number
+        self.position = start.offset
+        self.touched = start.chosen
+        self._active = time.monotonic()
+        self._replay: Replay | None = start.replay
+        self._leftovers = start.leftovers
+        self._store = detector.store(number)
+        self._checkpointer = Checkpointer(detector, number, settings.kafka.group, recovered, start.offset)
+        self.end_replay()
+
+    @property
+    def catch_up(self) -> int:
+        """How many offsets are left below the committed one: until none is, there is nothing to commit."""
+        return 0 if self._replay is None else max(0, self._replay.until - self.position)
+
+    def advance(self, offsets: NDArray[np.int64]) -> tuple[int, int]:
+        """Move on past messages.
+
+        Args:
+            offsets: of the messages (N,), ascending.
+
+        Returns:
+            How many of them were read before a rebalance gave the partition back, and are to be left out; and how many
+            of them no longer need publishing, those left out included.
+        """
+        published = 0 if self._replay is None else self._replay.until
+        known, done = np.searchsorted(offsets, [self.position, published]).tolist()
+        if known < len(offsets):
+            self.position = int(offsets[-1]) + 1
+            self.touched = True
+            self._active = time.monotonic()
+        return known, max(known, done)
+
+    def end_replay(self) -> None:
+        """Forget the replay once past all of it; for when the events moved past have been taken in."""
+        if self._replay is not None and self.position >= self._replay.end:
+            self._replay = None
+            self._store.end_replay()
+
+    def is_silent_since(self, moment: float) -> bool:
+        """Whether nothing came since a moment of the monotonic clock, in seconds; never during a replay."""
+        return self._active < moment and self._replay is None
+
+    def closed_some(self) -> None:
+        """Note that sessions were closed because of the silence, which begins anew once none is open."""
+        self.touched = True
+        if not self._store.open_blocks:
+            self._active = time.monotonic()
+
+    def records(self, *, begin: bool, finish: bool) -> Iterator[StateRecord]:
+        """Yield what belongs on the state topic with a commit of `position`; see `Checkpointer.records`."""
+        for key in self._leftovers:
+            yield self.number, key, None
+        finish = finish and self._replay is None
+        for key, value in self._checkpointer.records(self.position, begin=begin, finish=finish):
+            yield self.number, key, value
+
+    def committed(self) -> None:
+        """Note that a commit has made all of it durable."""
+        self.touched = False
+        self._leftovers = []
