@@ -19,7 +19,7 @@ from model.lines import LineFormat
 from model.network import Autoencoder, Shape
 from model.vocabulary import Vocabulary
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout."""
 
 _WEIGHTS, _FACTS = "weights.safetensors", "model.json"

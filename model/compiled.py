@@ -6,20 +6,23 @@ side by side, token by token: the key that is r places further on is then, for a
 distance away, and attention is long plain loops, too. What a trained network no longer needs is gone: gains and
 shifts of the normalisations and the scale of attention are folded into the weights behind them, the keys' bias
 cancels in the softmax, and the values' bias passes through it. The first layer's queries, keys and values depend on
-a token and its place only, and come from a table.
+a token and its place only, and come from a table. Only the tally of the few windows that are closed is torch's.
 """
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg.cython_blas  # noqa: F401 - what numba multiplies with: loaded before it is told to use one thread
+import torch
 from numba import config
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from model.jit import njit
 from model.network import Autoencoder
+from model.vocabulary import END
 
 Floats = NDArray[np.float32]
 
@@ -78,6 +81,7 @@ class CompiledNetwork:
 
     def __init__(self, network: Autoencoder) -> None:
         self._weights = _folded(network)
+        self._tally = copy.deepcopy(network.tally)
         self._heads = network.shape.heads
         self._tile = min(_TILE, _LOGITS // network.shape.vocabulary)
         self._threads = int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
@@ -98,6 +102,11 @@ class CompiledNetwork:
         with self._blas.limit(limits=1):  # each of our threads multiplies on its own
             for _ in self._pool.map(forward, [order[first::threads].copy() for first in range(threads)]):
                 pass
+        if self._tally is not None:
+            ended = np.flatnonzero((rows == END).any(axis=1))
+            with torch.inference_mode():
+                excess = self._tally.excess(torch.from_numpy(rows[ended].astype(np.int64)))  # (E,)
+            found[ended] += np.where(rows[ended] == END, excess.numpy()[:, None], 0)
         return found
 
 

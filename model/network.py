@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.vocabulary import PAD
+from model.tally import Tally
+from model.vocabulary import END, PAD
 
 
 @dataclass(frozen=True)
 class Shape:
     """Hyper-parameters that fix the network's weights.
 
-    `window` counts events; with BOS in front and END behind, the network sees up to `positions` tokens.
+    `window` counts events; with BOS in front and END behind, the network sees up to `positions` tokens. `tallied` kinds
+    of event are counted when a session ends.
     """
 
     vocabulary: int
@@ -22,6 +24,7 @@ class Shape:
     heads: int
     layers: int
     feedforward: int
+    tallied: int = 0
 
     @property
     def positions(self) -> int:
@@ -69,7 +72,8 @@ class Autoencoder(nn.Module):
     """A transformer encoder whose output layer shares its weights with the token embedding.
 
     It is trained to undo random replacements (`model.training`); what it gives back at a position is the
-    posterior over the event that belongs there, given the whole window and the event that was shown.
+    posterior over the event that belongs there, given the whole window and the event that was shown. Where the session
+    ends, a `Tally` adds how likely its counts are.
     """
 
     def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
@@ -83,6 +87,7 @@ class Autoencoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape.vocabulary))
         for embedding in (self.token, self.position):
             nn.init.normal_(embedding.weight, std=shape.width**-0.5)
+        self.tally = Tally(shape.vocabulary, shape.tallied) if shape.tallied else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, L), filled up with PAD, to logits (B, L, V)."""
@@ -91,6 +96,17 @@ class Autoencoder(nn.Module):
         for layer in self.layers:
             x = layer(x, real)
         return F.linear(self.norm(x), self.token.weight, self.bias)  # (B, L, V)
+
+    def surprisals(self, tokens: Tensor) -> Tensor:
+        """Return the surprisal of each token of windows (B, L), in nats: (B, L); that of END with `closing`."""
+        logp = F.log_softmax(self(tokens), -1)  # (B, L, V)
+        return -logp.gather(2, tokens[:, :, None])[:, :, 0] + self.closing(tokens)
+
+    def closing(self, tokens: Tensor) -> Tensor:
+        """Return what the counts of windows (B, L) add to END's surprisal, in nats: (B, L), 0 elsewhere."""
+        if self.tally is None:
+            return torch.zeros(tokens.shape, device=tokens.device)
+        return self.tally.excess(tokens)[:, None].masked_fill(tokens != END, 0)
 
     @property
     def parameter_count(self) -> int:

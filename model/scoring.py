@@ -9,7 +9,7 @@ screening only says which windows are far below it.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from model.bundle import Bundle
 from model.compiled import CompiledNetwork
 from model.config import Strategy
+from model.network import Autoencoder
+from model.tally import Tallied
 from model.vocabulary import BOS, PAD
 
 Rows = NDArray[np.uint16]
@@ -41,6 +43,9 @@ hair but lie so close that `SCREEN_MARGIN` would make every score an exact one."
 EXPECTED = 3
 """How many alternatives an explanation names."""
 
+COUNTED = 3
+"""How many counts it names."""
+
 _BUCKETS = (8, 12, 16, 20, 24, 32, 40)
 _CELLS_CPU = 16_384
 """Tokens in one forward pass of torch: enough to keep a CPU's cores busy, small enough for its caches."""
@@ -61,12 +66,14 @@ class Explanation:
         surprisals: of each token after BOS, in nats; the last one is END's when the look closes the session.
         offender: index into `surprisals` of the highest.
         expected: (token, probability) of the likeliest other tokens at the offender's place, the likeliest first.
+        counts: where END is the offender, and by its counts more than by its place: the least likely of those.
     """
 
     score: float
     surprisals: tuple[float, ...]
     offender: int
     expected: tuple[tuple[int, float], ...]
+    counts: tuple[Tallied, ...] = ()
 
 
 class Scorer:
@@ -100,7 +107,9 @@ class Scorer:
         """Explain the look `row` (window + 2,)."""
         tokens = torch.from_numpy(row[row != PAD].astype(np.int64))[None]  # (1, L)
         logp = F.log_softmax(self._exact(tokens), -1)[0]  # (L, V)
-        surprisal = -logp.gather(1, tokens[0][:, None])[1:, 0]  # (L - 1,)
+        own = -logp.gather(1, tokens[0][:, None])[1:, 0]  # (L - 1,)
+        closing = self._exact.closing(tokens)[0, 1:]  # (L - 1,)
+        surprisal = own + closing
         offender = int(surprisal.argmax())
         instead = logp[1 + offender].exp()  # (V,)
         instead[tokens[0, 1 + offender]] = 0
@@ -111,10 +120,15 @@ class Scorer:
             surprisals=tuple(on_grid(surprisal.numpy()).tolist()),
             offender=offender,
             expected=tuple(zip(token.tolist(), on_grid(probability.numpy()).tolist(), strict=True)),
+            counts=self._counts(tokens) if closing[offender] > own[offender] else (),
         )
 
+    def _counts(self, tokens: Tensor) -> tuple[Tallied, ...]:
+        worst = [] if self._exact.tally is None else self._exact.tally.worst(tokens)[:COUNTED]
+        return tuple(replace(kind, surprisal=float(on_grid(np.array(kind.surprisal)))) for kind in worst)
+
     @torch.inference_mode()
-    def _scores(self, network: torch.nn.Module, rows: Rows) -> NDArray[np.float64]:
+    def _scores(self, network: Autoencoder, rows: Rows) -> NDArray[np.float64]:
         device = next(network.parameters()).device
         on_cuda = device.type == "cuda"
         cells = _CELLS_CPU if device.type == "cpu" else _CELLS_ACCELERATOR
@@ -125,8 +139,7 @@ class Scorer:
             if on_cuda:  # from pinned memory the copy overlaps with the pass before it
                 tokens = tokens.pin_memory()
             tokens = tokens.to(device, non_blocking=on_cuda).long()
-            logits = network(tokens)  # (B, L, V)
-            surprisal = -F.log_softmax(logits, -1).gather(2, tokens[:, :, None])[:, :, 0]  # (B, L)
+            surprisal = network.surprisals(tokens)  # (B, L)
             real = (tokens != PAD) & (tokens != BOS)  # (B, L)
             places.append(chosen)
             found.append(_pool(surprisal, real, self.strategy))

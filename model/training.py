@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from model.config import ModelSettings, TrainingSettings
 from model.corruption import TrainingWindows, corrupt
 from model.network import Autoencoder, Shape
+from model.tally import STEPS, teach
 from model.vocabulary import BOS, PAD
 
 _PARTS_CPU = 4
@@ -42,16 +44,17 @@ def train(
     """Train a network on the token sequences of normal sessions and return it, in eval mode, on the CPU.
 
     The same seed, sessions and device give the same weights. The weights returned are an exponential moving
-    average over the steps, which forgets the last steps' noise.
+    average over the steps, which forgets the last steps' noise. The last of the steps teach the tally.
     """
     torch.manual_seed(training.seed)
     random = np.random.default_rng(training.seed)
     windows = TrainingWindows(sessions, vocabulary=vocabulary, window=model.window, swaps=training.swaps)
-    shape = Shape(vocabulary, model.window, model.width, model.heads, model.layers, model.feedforward)
+    shape = Shape(vocabulary, model.window, model.width, model.heads, model.layers, model.feedforward, model.tallied)
     network = Autoencoder(shape, training.dropout).to(device).train()
     average = copy.deepcopy(network).eval()
     parts = min(_PARTS_CPU, training.batch_size) if device.type == "cpu" else 1
     steps = training.epochs * -(-len(sessions) // training.batch_size)
+    all_steps = steps if average.tally is None else steps + STEPS
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=training.learning_rate, total_steps=max(steps, 2), pct_start=0.1
@@ -84,8 +87,15 @@ def train(
         memory = min(0.98, 1 - 1 / step)
         loss_mean = memory * loss_mean + (1 - memory) * loss
         restored_mean = memory * restored_mean + (1 - memory) * (right / replaced if replaced else 0.0)
-        report(Progress(step, steps, loss_mean, restored_mean))
-    return average.cpu()
+        report(Progress(step, all_steps, loss_mean, restored_mean))
+    average.cpu()
+    if average.tally is not None:
+        taught = count(steps + 1)
+        teach(
+            average.tally, sessions, model.window, training.seed,
+            lambda: report(Progress(next(taught), all_steps, loss_mean, restored_mean)),
+        )  # fmt: skip
+    return average
 
 
 @torch.no_grad()

@@ -17,6 +17,9 @@ END_NAME = "<END>"
 
 UNK_NAME = "<UNK>"
 
+OTHER_NAME = "<OTHER>"
+"""How all events that a tally does not count apart are written for people."""
+
 MAX_EVENTS = 60_000
 """Tokens travel as uint16."""
 

@@ -39,6 +39,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "no average of weights": {"training": {"averaging": 0.0}},
     "no dropout": {"training": {"dropout": 0.0}},
     "one layer": {"model": {"layers": 1}},
+    "no tally": {"model": {"tallied": 0}},
 }
 """Settings that differ, by variant."""
 

@@ -17,7 +17,7 @@ ROW = np.array([[BOS, 4, 5, 4, PAD, PAD, PAD, PAD]], np.uint16)
 def bundle():
     torch.manual_seed(2)
     vocabulary = Vocabulary(("a", "b"), {"a": "template of a"})
-    return Bundle(Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16)).eval(), vocabulary, {"sessions": 3})
+    return Bundle(Autoencoder(Shape(len(vocabulary), 6, 16, 2, 1, 16, tallied=1)).eval(), vocabulary, {"sessions": 3})
 
 
 def test_a_bundle_comes_back_as_it_was(bundle, tmp_path):
@@ -26,6 +26,7 @@ def test_a_bundle_comes_back_as_it_was(bundle, tmp_path):
     assert again.fingerprint == bundle.fingerprint
     assert again.vocabulary == bundle.vocabulary
     assert again.training == {"sessions": 3}
+    assert again.network.tally.kinds == 2
     assert Scorer(again).exact(ROW) == Scorer(bundle).exact(ROW)
 
 
@@ -44,7 +45,11 @@ def test_the_fingerprint_is_of_all_that_a_score_depends_on(bundle):
         assert changed.fingerprint == bundle.fingerprint
         del changed.__dict__["fingerprint"]
         changed.network.bias[4] += 1e-6
-    assert changed.fingerprint != bundle.fingerprint
+        assert changed.fingerprint != bundle.fingerprint
+        changed.network.bias.copy_(bundle.network.bias)
+        del changed.__dict__["fingerprint"]
+        changed.network.tally.usual.fill_(3)
+        assert changed.fingerprint != bundle.fingerprint
 
 
 def damage_weights(folder):
@@ -69,6 +74,7 @@ def change(**facts):
         (change(events=["b", "a"]), "fingerprint does not match"),
         (change(events=["a"]), "fingerprint does not match"),
         (change(format=99), "bundle format 99"),
+        (change(format=1), "bundle format 1, but this version reads 2; train one"),
         (change(shape={"width": 3}), "damaged"),
         (lambda folder: (folder / "model.json").write_text("{"), "damaged"),
         (lambda folder: (folder / "weights.safetensors").write_bytes(b"x"), "damaged"),

@@ -1,5 +1,7 @@
 """Scores against a plain oracle: one window at a time, float64, no padding, numpy pooling."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from model.bundle import Bundle
 from model.network import Autoencoder, Shape
 from model.scoring import GRID, SCREEN_MARGIN, Scorer
-from model.vocabulary import BOS, END, PAD, Vocabulary
+from model.vocabulary import BOS, END, PAD, UNK, Vocabulary
 
 WINDOW = 12
 
@@ -18,7 +20,13 @@ WINDOW = 12
 def bundle():
     torch.manual_seed(11)
     vocabulary = Vocabulary(tuple("abcdef"))
-    return Bundle(Autoencoder(Shape(len(vocabulary), WINDOW, 16, 4, 2, 32)).eval(), vocabulary)
+    network = Autoencoder(Shape(len(vocabulary), WINDOW, 16, 4, 2, 32, tallied=4)).eval()
+    with torch.no_grad():  # counts that are sometimes usual, sometimes not
+        for weight in network.tally.parameters():
+            weight.normal_(0, 0.3)
+    network.tally.column[UNK:] = torch.tensor([4, 2, 4, 0, 4, 1, 3])
+    network.tally.usual.fill_(13.9)
+    return Bundle(network, vocabulary)
 
 
 looks = st.tuples(st.lists(st.integers(3, 9), min_size=1, max_size=WINDOW), st.booleans())
@@ -34,12 +42,13 @@ def rows_of(some):
 
 def surprisals(bundle, row):
     tokens = torch.tensor(row[row != PAD].astype(np.int64))[None]
+    network = copy.deepcopy(bundle.network).double()
     with torch.no_grad():
-        logits = bundle.network.double()(tokens)[0].numpy()
-    bundle.network.float()
+        logits = network(tokens)[0].numpy()
+        excess = network.tally.excess(tokens).item()
     shifted = logits - logits.max(axis=1, keepdims=True)
     logp = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return -logp[np.arange(1, tokens.shape[1]), tokens[0, 1:].numpy()]
+    return -logp[np.arange(1, tokens.shape[1]), tokens[0, 1:].numpy()] + excess * (tokens[0, 1:].numpy() == END)
 
 
 POOL = {"max": np.max, "mean": np.mean, "topk": lambda values: np.sort(values)[-3:].mean()}
@@ -78,7 +87,24 @@ def test_an_explanation_agrees_with_the_score_and_names_the_worst_event(bundle, 
     assert observed not in {token for token, _ in why.expected}
     probabilities = [probability for _, probability in why.expected]
     assert probabilities == sorted(probabilities, reverse=True)
-    assert sum(probabilities) + np.exp(-plain.max()) <= 1 + 1e-3
+    assert sum(probabilities) + np.exp(-plain.max()) <= 1 + 1e-3 or why.counts
+
+
+def test_an_explanation_names_the_counts_when_they_make_the_end_what_it_is(bundle):
+    network = copy.deepcopy(bundle.network)
+    network.tally.usual.fill_(0)  # now every count is news
+    counts = network.tally.counts(torch.tensor([[BOS, 6, 6, 6, 4, END]]))
+    assert counts.tolist() == [[3, 0, 1, 0, 0]]
+    row = rows_of([([6, 6, 6, 4], True)])[0]
+    why = Scorer(Bundle(network, bundle.vocabulary)).explain(row)
+    assert why.offender == 4
+    assert 1 <= len(why.counts) <= 3
+    assert {kind.token: kind.count for kind in why.counts}.items() <= {6: 3, 8: 0, 4: 1, 9: 0, None: 0}.items()
+    assert [kind.surprisal for kind in why.counts] == sorted((kind.surprisal for kind in why.counts), reverse=True)
+    open_row = rows_of([([6, 6, 6, 4], False)])[0]
+    assert Scorer(bundle).explain(open_row).counts == ()
+    network.bias.data[END] = -100  # the end itself is the greater surprise
+    assert Scorer(Bundle(network, bundle.vocabulary)).explain(row).counts == ()
 
 
 def test_many_windows_of_all_lengths_come_back_in_their_places(bundle):

@@ -1,0 +1,172 @@
+"""How likely it is that a session ends with so many events of each kind.
+
+Order tells which event does not belong where it stands; that a block was copied, and never read, shows in no single
+event. So when a session closes, its events are counted by kind, and the chain rule gives the probability of the counts:
+that of the commonest kind, that of the next one given the first, and so on. Each step is a small network, as in NADE
+(Larochelle and Murray, 2011). The sum of the surprisals is what END adds to its own. Given the commoner kinds only, a
+rare event bears all that it is worth; given all others, the events that come with it would vouch for it.
+
+Several such chains, which differ by their first weights only, are averaged in the logarithm: where training has seen
+little, each of them extrapolates in its own way, and a score should rest on what they agree on.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.vocabulary import SPECIAL, UNK
+
+MOST = 15
+"""A kind is counted up to this; more is as much."""
+
+STEPS = 3000
+"""Of training."""
+
+_CHAINS, _WIDTH, _HIDDEN = 4, 8, 16
+_BATCH = 256
+_CELLS = 2**16
+"""Counts that are judged at a time: some 50 MB."""
+
+_ROOT = 4
+"""Distinct counts are learnt in proportion to the fourth root of their frequency: rare ones are what it is about."""
+
+_USUAL = 0.95
+"""Share of the training sessions whose counts are no news. There END's surprisal is its own, so that open windows,
+which have no counts, are not outdone by every closed one."""
+
+_TELLING = 0.25
+"""Of the highest surprisal: what makes less of a window's is not worth telling."""
+
+
+@dataclass(frozen=True)
+class Tallied:
+    """How often a kind of event came in a window that closed.
+
+    Attributes:
+        token: the event; None for all that are not counted on their own.
+        count: how often, `MOST` at most.
+        usual: the likeliest count, given those of the commoner kinds.
+        surprisal: of `count`, in nats.
+    """
+
+    token: int | None
+    count: int
+    usual: int
+    surprisal: float
+
+
+class Tally(nn.Module):
+    """The chains. Untaught, they add nothing.
+
+    Kinds are the commonest events, in order; the last one is all others together, events never seen among them.
+
+    Args:
+        vocabulary: number of tokens.
+        kinds: how many events are counted on their own, at most.
+    """
+
+    column: Tensor
+    usual: Tensor
+
+    def __init__(self, vocabulary: int, kinds: int) -> None:
+        super().__init__()
+        self.kinds = min(kinds, vocabulary - SPECIAL) + 1  # T
+        chain = (_CHAINS, self.kinds)
+        self.count = nn.Parameter(torch.zeros(*chain, MOST + 1, _WIDTH))  # as it is seen, and as it is expected
+        self.start = nn.Parameter(torch.zeros(*chain, _WIDTH))
+        self.up = nn.Parameter(torch.zeros(_CHAINS, _WIDTH, _HIDDEN))
+        self.up_bias = nn.Parameter(torch.zeros(_CHAINS, 1, 1, _HIDDEN))
+        self.down = nn.Parameter(torch.zeros(_CHAINS, _HIDDEN, _WIDTH))
+        self.down_bias = nn.Parameter(torch.zeros(_CHAINS, 1, 1, _WIDTH))
+        self.bias = nn.Parameter(torch.zeros(*chain, MOST + 1))
+        self.register_buffer("column", torch.full((vocabulary,), self.kinds))  # of each token; T: not counted
+        self.register_buffer("usual", torch.tensor(torch.inf))  # nats
+
+    def counts(self, tokens: Tensor) -> Tensor:
+        """Count the events of windows (B, L) by kind: (B, T), at most `MOST` of each."""
+        counts = torch.zeros(len(tokens), self.kinds + 1, dtype=torch.int64, device=tokens.device)  # (B, T + 1)
+        column = self.column[tokens]  # (B, L)
+        return counts.scatter_add_(1, column, torch.ones_like(column))[:, :-1].clamp(max=MOST)
+
+    def forward(self, counts: Tensor) -> Tensor:
+        """Map counts (B, T) to the log-probabilities of each count of each kind: (chains, B, T, MOST + 1)."""
+        seen = self.count[:, torch.arange(self.kinds, device=counts.device), counts]  # (C, B, T, D)
+        before = seen.cumsum(2) - seen + self.start[:, None]  # (C, B, T, D): of the kinds before
+        hidden = F.gelu(torch.einsum("cbtd,cdh->cbth", before, self.up) + self.up_bias)  # (C, B, T, H)
+        known = before + torch.einsum("cbth,chd->cbtd", hidden, self.down) + self.down_bias  # (C, B, T, D)
+        return F.log_softmax(torch.einsum("cbtd,ctkd->cbtk", known, self.count) + self.bias[:, None], -1)
+
+    def surprisals(self, counts: Tensor) -> Tensor:
+        """Return the surprisal, in nats, of each kind's count given those of the commoner kinds: (B, T)."""
+        logp = self(counts)  # (C, B, T, K)
+        return -logp.gather(3, counts[None, :, :, None].expand(_CHAINS, -1, -1, 1))[..., 0].mean(0)
+
+    def excess(self, tokens: Tensor) -> Tensor:
+        """Return by how much the counts of closed windows (B, L) are rarer than usual, in nats: (B,)."""
+        parts = self.counts(tokens).split(max(1, _CELLS // self.kinds))
+        return (torch.cat([self.surprisals(part).sum(1) for part in parts]) - self.usual).clamp(min=0)
+
+    def worst(self, tokens: Tensor) -> list[Tallied]:
+        """Return the kinds that make a closed window (1, L) unusual, the least likely count first."""
+        counts = self.counts(tokens)  # (1, T)
+        usual = self(counts).mean(0)[0].argmax(-1).tolist()  # (T,)
+        surprisal = self.surprisals(counts)[0].tolist()  # (T,)
+        token = {column: token for token, column in enumerate(self.column.tolist())} | {self.kinds - 1: None}
+        facts = zip(counts[0].tolist(), usual, surprisal, strict=True)
+        kinds = [Tallied(token[kind], *fact) for kind, fact in enumerate(facts)]
+        kinds.sort(key=lambda kind: -kind.surprisal)
+        least = _TELLING * kinds[0].surprisal
+        return kinds[:1] + [kind for kind in kinds[1:] if kind.count != kind.usual and kind.surprisal > least]
+
+
+def teach(
+    tally: Tally, sessions: Iterable[Sequence[int]], window: int, seed: int, report: Callable[[], None] = lambda: None
+) -> None:
+    """Teach the counts of normal sessions (token sequences), of which the network sees the newest `window` events.
+
+    The same seed and sessions give the same weights. `report` is called after each of `STEPS`.
+    """
+    random = torch.Generator().manual_seed(seed)
+    windows = [torch.tensor(session[-window:]) for session in sessions]
+    rows = nn.utils.rnn.pad_sequence(windows, batch_first=True)  # (N, L); 0 is PAD
+    tally.column[:] = _columns(rows.numpy(), len(tally.column), tally.kinds)
+    counts, of, often = torch.unique(tally.counts(rows), dim=0, return_inverse=True, return_counts=True)  # (U, T)
+    weight = often.double() ** (1 / _ROOT)
+    weight /= weight.sum()
+    with torch.no_grad():
+        for values in (tally.count, tally.start):
+            values.normal_(0, 0.3, generator=random)
+        for values in (tally.up, tally.down):
+            values.uniform_(-1, 1, generator=random).mul_(values.shape[1] ** -0.5)
+    # Strong decay: a weight stays only where many sessions speak for it.
+    optimizer = torch.optim.AdamW(tally.parameters(), lr=0.003, weight_decay=1.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.003, STEPS)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        if len(counts) <= _BATCH:
+            loss = tally.surprisals(counts).sum(1) @ weight.float()
+        else:
+            loss = tally.surprisals(counts[torch.multinomial(weight, _BATCH, True, generator=random)]).sum(1).mean()
+        (_CHAINS * loss).backward()
+        optimizer.step()
+        schedule.step()
+        report()
+    with torch.no_grad():
+        surprisal = torch.cat([tally.surprisals(some).sum(1) for some in counts.split(_BATCH)])  # (U,)
+        tally.usual.copy_(surprisal[of].quantile(_USUAL))
+
+
+def _columns(rows: np.ndarray, vocabulary: int, kinds: int) -> Tensor:
+    """Return the kind of each token (V,): those in most sessions first, all after them together."""
+    documents = np.zeros(vocabulary, np.int64)
+    for row in rows:
+        documents[np.unique(row)] += 1
+    order = np.argsort(-documents[SPECIAL:], kind="stable") + SPECIAL
+    column = torch.full((vocabulary,), kinds)  # PAD, BOS, END
+    column[[UNK, *order.tolist()]] = kinds - 1
+    column[order[: kinds - 1].tolist()] = torch.arange(kinds - 1)
+    return column
