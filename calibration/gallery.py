@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from calibration.block_scores import Block
 from consumer.threshold import Threshold
 from model.scoring import Scorer
-from model.vocabulary import END_NAME
+from model.tally import Tallied
+from model.vocabulary import END_NAME, OTHER_NAME, Vocabulary
 
 _NEGLIGIBLE = 0.001
 """An event that was less likely than this was not expected."""
@@ -19,6 +20,16 @@ class Expected:
     event: str
     template: str | None
     probability: float
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How often a kind of event came, and how often it usually does."""
+
+    event: str
+    template: str | None
+    count: int
+    usual: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Exhibit:
         offender: index of the highest surprisal.
         template: text of the offending event; None where it is not known.
         expected: what was expected in its place, the likeliest first.
+        counts: of a block whose counts are the most surprising thing: the least likely of them.
     """
 
     name: str
@@ -48,6 +60,7 @@ class Exhibit:
     offender: int
     template: str | None
     expected: tuple[Expected, ...]
+    counts: tuple[Counted, ...]
 
     @property
     def is_closing(self) -> bool:
@@ -84,6 +97,12 @@ def exhibits(blocks: Sequence[Block], scorer: Scorer, threshold: Threshold) -> l
                     for name, probability in ((vocabulary.name(token), share) for token, share in why.expected)
                     if probability >= _NEGLIGIBLE
                 ),
+                counts=tuple(_counted(kind, vocabulary) for kind in why.counts),
             )
         )
     return shown
+
+
+def _counted(kind: Tallied, vocabulary: Vocabulary) -> Counted:
+    event = OTHER_NAME if kind.token is None else vocabulary.name(kind.token)
+    return Counted(event, vocabulary.template(event), kind.count, kind.usual)

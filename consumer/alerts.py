@@ -11,7 +11,10 @@ import msgspec
 
 from consumer.records import Question
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+
+Reason = Literal["event", "truncated", "counts"]
+"""What is wrong: an event where it stands, that the block ended where it did, or how often its events came."""
 
 _NAMES_BYTES = 400_000
 """Of the event ids in an alert's window at most, so that with all else it stays below half of what brokers take."""
@@ -28,14 +31,25 @@ class Expected(msgspec.Struct, frozen=True):
     probability: float
 
 
+class Counted(msgspec.Struct, frozen=True):
+    """How often a kind of event came in the window of a block that ended. `<OTHER>`: all that are not counted apart."""
+
+    event_id: str
+    template: str | None
+    count: int
+    usual: int
+    surprisal: float
+
+
 class Offender(msgspec.Struct, frozen=True):
-    """The event with the highest surprisal. `<END>` as event_id: the block ended where it should have gone on."""
+    """The event with the highest surprisal. `<END>` as event_id: it is the end of the block; `reason` says why."""
 
     position: int
     event_id: str
     template: str | None
     surprisal: float
     expected: tuple[Expected, ...]
+    counts: tuple[Counted, ...]
     offset: int
     timestamp: str
 
@@ -63,7 +77,7 @@ class Alert(msgspec.Struct, frozen=True):
     alert_id: str
     revision: int
     block_id: str
-    reason: Literal["event", "truncated"]
+    reason: Reason
     severity: str
     score: float
     threshold: float

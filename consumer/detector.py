@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from consumer.alerts import (
     SCHEMA_VERSION,
     Alert,
+    Counted,
     Expected,
     Offender,
+    Reason,
     Source,
     WindowEvent,
     alert_id,
@@ -28,7 +30,8 @@ from consumer.settings import DriftSettings
 from consumer.threshold import Threshold
 from consumer.windows import Looks, WindowStore
 from model.scoring import Explanation, Scorer
-from model.vocabulary import END, UNK, Vocabulary
+from model.tally import Tallied
+from model.vocabulary import END, OTHER_NAME, UNK, Vocabulary
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -260,14 +263,16 @@ class Detector:
         store = self._partitions[number].store
         block = store.block(int(fact["slot"]))
         names = self._names(looks, place, store.unknown(int(fact["slot"])))
-        truncated = bool(fact["closing"]) and why.offender == int(fact["length"])
+        reason: Reason = "event"
+        if bool(fact["closing"]) and why.offender == int(fact["length"]):
+            reason = "counts" if why.counts else "truncated"
         source = min(why.offender, int(fact["length"]) - 1)
         return Alert(
             schema_version=SCHEMA_VERSION,
             alert_id=alert_id(self._topic, number, int(fact["first_offset"]), block),
             revision=revision,
             block_id=block,
-            reason="truncated" if truncated else "event",
+            reason=reason,
             severity=self._threshold.levels[self._threshold.rank(why.score) - 1].name,
             score=why.score,
             threshold=self._threshold.threshold,
@@ -279,6 +284,7 @@ class Detector:
                 template=self._bundle.vocabulary.template(names[why.offender]),
                 surprisal=why.surprisals[why.offender],
                 expected=tuple(self._expected(token, probability) for token, probability in why.expected),
+                counts=tuple(map(self._counted, why.counts)),
                 offset=int(looks.offsets[place, source]),
                 timestamp=_iso(looks.times[place, source]),
             ),
@@ -306,6 +312,10 @@ class Detector:
     def _expected(self, token: int, probability: float) -> Expected:
         event = self._bundle.vocabulary.name(token)
         return Expected(event, self._bundle.vocabulary.template(event), probability)
+
+    def _counted(self, kind: Tallied) -> Counted:
+        event = OTHER_NAME if kind.token is None else self._bundle.vocabulary.name(kind.token)
+        return Counted(event, self._bundle.vocabulary.template(event), kind.count, kind.usual, kind.surprisal)
 
 
 def _position(looks: Looks, place: int, why: Explanation) -> int:

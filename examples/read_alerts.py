@@ -63,7 +63,12 @@ def handle(alert: dict) -> None:
     """Do what is to be done about an alert; here it is printed."""
     offender = alert["offender"]
     expected = ", ".join(f"{other['event_id']} {other['probability']:.0%}" for other in offender["expected"])
-    what = "ended too early" if alert["reason"] == "truncated" else f"did {offender['event_id']}"
+    what = f"did {offender['event_id']}"
+    if alert["reason"] == "truncated":
+        what = "ended too early"
+    elif alert["reason"] == "counts":
+        what = "ended with " + ", ".join(f"{kind['count']} {kind['event_id']}" for kind in offender["counts"])
+        expected = ", ".join(f"{kind['usual']} {kind['event_id']}" for kind in offender["counts"])
     print(
         f"{alert['last_event_time']} {alert['severity']}: {alert['block_id']} {what}, expected {expected} "
         f"(score {alert['score']:.2f} > {alert['threshold']:.2f}, revision {alert['revision']})",

@@ -198,7 +198,10 @@ def columns(alert: Alert) -> tuple[str, ...]:
     offender = alert.offender
     revision = f" (revision {alert.revision})" if alert.revision > 1 else ""
     expected = ", ".join(f"{other.event_id} {other.probability:.0%}" for other in offender.expected)
-    if alert.reason == "truncated":
+    if alert.reason == "counts":
+        what = f"ended with {', '.join(f'{count.count} {count.event_id}' for count in offender.counts)}"
+        expected = ", ".join(f"{count.usual} {count.event_id}" for count in offender.counts)
+    elif alert.reason == "truncated":
         what = f"ended after {alert.events_seen} events"
     else:
         template = f": {offender.template}" if offender.template else ""

@@ -18,6 +18,7 @@ from consumer.settings import DriftSettings
 from model.bundle import Bundle
 from model.network import Autoencoder, Shape
 from model.scoring import Scorer
+from model.tally import teach
 from model.vocabulary import BOS, END, PAD, UNK, Vocabulary
 
 TOUCHY = DriftSettings(failing_share=0, batch=3, false_alarm_every=100)
@@ -97,7 +98,8 @@ def test_alerts_are_those_of_a_plain_reading_of_the_rules(scorer, make_threshold
         revision, score, where, gravity = said.get(block, (0, limit, None, 0))
         if why.score > score and (position != where or len(exceeded) > gravity):
             said[block] = (revision + 1, why.score, position, len(exceeded))
-            reason = "truncated" if name is None and why.offender == len(shown) else "event"
+            ended = name is None and why.offender == len(shown)
+            reason = ("counts" if why.counts else "truncated") if ended else "event"
             expected.append((block, revision + 1, position, why.score, exceeded[-1], reason))
         if name is None:
             sessions.pop(block)
@@ -180,6 +182,23 @@ def test_a_block_cut_short_is_truncated(scorer, make_threshold):
     assert alert.offender.position == 2
     assert alert.offender.offset == 0
     assert [event.event_id for event in alert.window] == ["a", "<END>"]
+
+
+def test_a_block_of_unusual_counts_says_which(scorer, make_threshold):
+    network = Autoencoder(dataclasses.replace(scorer.bundle.network.shape, tallied=3)).eval()
+    network.load_state_dict(scorer.bundle.network.state_dict(), strict=False)
+    tokens = scorer.bundle.vocabulary.encode("aab")
+    teach(network.tally, [tokens] * 30, network.shape.window, 1)
+    bundle = Bundle(network, Vocabulary(scorer.bundle.vocabulary.events, {"b": "template of b"}))
+    events = [("X", "a", 0), ("X", "a", 1), ("X", "b", 2), ("X", "b", 3), ("X", "b", 4), ("X", None, 5)]
+    *_, alert = run(Scorer(bundle), make_threshold(0.0), events)
+    validate(alert)
+    assert (alert.reason, alert.offender.event_id, alert.offender.position) == ("counts", "<END>", 6)
+    assert alert.score == alert.offender.surprisal == alert.window[-1].surprisal > alert.offender.counts[0].surprisal
+    (kind,) = alert.offender.counts
+    assert (kind.event_id, kind.template, kind.count, kind.usual) == ("b", "template of b", 3, 1)
+    *_, other = run(Scorer(bundle), make_threshold(0.0), [("X", name, 0) for name in ("a", "a", "b", "new", "d", None)])
+    assert [(kind.event_id, kind.count, kind.usual) for kind in other.offender.counts] == [("<OTHER>", 2, 0)]
 
 
 def test_the_same_event_alerts_again_only_when_it_becomes_graver(scorer, make_threshold):

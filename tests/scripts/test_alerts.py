@@ -7,18 +7,18 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from consumer.alerts import Alert
+from consumer.alerts import Alert, Counted
 from scripts.alerts import columns, found, one_line
 from scripts.live import LiveAlerts
 
 ALERT = msgspec.convert(
     {
-        "schema_version": 2, "alert_id": "0" * 32, "revision": 1, "block_id": "blk_[red]1", "reason": "event",
+        "schema_version": 3, "alert_id": "0" * 32, "revision": 1, "block_id": "blk_[red]1", "reason": "event",
         "severity": "minor", "drift": None, "score": 5.25, "threshold": 1.5, "strategy": "max", "p_value": 0.01,
         "offender": {
             "position": 2, "event_id": "E7", "template": "disk [bold]full", "surprisal": 5.25,
             "expected": [{"event_id": "E9", "template": None, "probability": 0.9}],
-            "offset": 7, "timestamp": "2008-11-09T20:35:30.000Z",
+            "counts": [], "offset": 7, "timestamp": "2008-11-09T20:35:30.000Z",
         },
         "window": [{"event_id": "E5", "surprisal": 0.1}, {"event_id": "E7", "surprisal": 5.25}], "events_seen": 2,
         "first_event_time": "2008-11-09T20:35:30.000Z", "last_event_time": "2008-11-09T20:35:30.000Z",
@@ -34,6 +34,13 @@ def test_a_line_says_everything_and_no_name_is_taken_for_markup():
     assert "event 2 is E7: disk [bold]full  expected E9 90%" in text
     hostile = Text.from_markup(one_line(msgspec.structs.replace(ALERT, block_id="a\x1b[2J\nb\u202e"))).plain
     assert "  a\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}  " in hostile
+
+
+def test_a_line_says_which_counts_are_unusual():
+    counts = (Counted("E20", "deletion failed", 1, 0, 8.9), Counted("<OTHER>", None, 2, 0, 4.5))
+    offender = msgspec.structs.replace(ALERT.offender, event_id="<END>", counts=counts)
+    text = Text.from_markup(one_line(msgspec.structs.replace(ALERT, reason="counts", offender=offender))).plain
+    assert "ended with 1 E20, 2 <OTHER>  expected 0 E20, 0 <OTHER>" in text
 
 
 @pytest.mark.parametrize(
