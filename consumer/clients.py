@@ -16,6 +16,17 @@ log = logging.getLogger("consumer")
 CALL_SECONDS = 10.0
 """How long a broker may take to answer a question."""
 
+READ_AHEAD: Mapping[str, Any] = {
+    "queued.min.messages": 20_000,  # two batches; 100,000 by default, which take some 450 bytes each beside their own
+    "queued.max.messages.kbytes": 16_384,  # if they are long; 64 MB by default
+    "fetch.queue.backoff.ms": 20,  # a full queue is left alone for so long; by default a second, and it runs empty
+}
+"""librdkafka settings, which users may change, of a consumer of events.
+
+On two cores 120,000 events a second became 185,000, by the shorter pause, and memory fell by 30 MB, by the shorter
+queue; that alone left 66,000.
+"""
+
 Client = TypeVar("Client", Consumer, Producer, AdminClient)
 
 

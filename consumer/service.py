@@ -18,7 +18,7 @@ from consumer.artifacts import Artifacts, ArtifactWatcher
 from consumer.assignment import Assignment
 from consumer.board import Board
 from consumer.checkpoint import PER_COMMIT
-from consumer.clients import member
+from consumer.clients import READ_AHEAD, member
 from consumer.crossings import Crossings
 from consumer.delivery import TransactionAborted, delivery_for
 from consumer.drift import MEANING
@@ -71,7 +71,7 @@ class Service:
     def _run(self) -> None:
         rehearse(self._watcher.in_use, self._settings)
         self._delivery = delivery_for(self._settings, self._patience)
-        self._consumer = member(self._settings, self._patience, defaults={})
+        self._consumer = member(self._settings, self._patience, defaults=READ_AHEAD)
         self._assignment = Assignment(
             self._settings,
             self._detector,
