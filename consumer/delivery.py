@@ -122,7 +122,13 @@ class Delivery(ABC):
         return client(
             Producer,
             self._settings,
-            {"linger.ms": 5, "compression.type": "lz4", "log_level": 2, **self._defaults}
+            {
+                "linger.ms": 5,
+                "compression.type": "lz4",
+                "queue.buffering.max.messages": 20_000,  # a checkpoint fills it: 100,000 take 45 MB more
+                "log_level": 2,
+                **self._defaults,
+            }
             | self._settings.kafka.for_producer()
             | {"enable.idempotence": True, "error_cb": self._patience.notice}
             | self._own(),
