@@ -104,9 +104,16 @@ class Autoencoder(nn.Module):
 
     def closing(self, tokens: Tensor) -> Tensor:
         """Return what the counts of windows (B, L) add to END's surprisal, in nats: (B, L), 0 elsewhere."""
+        ended = tokens == END  # (B, L)
+        added = torch.zeros(tokens.shape, dtype=self.bias.dtype, device=tokens.device)  # (B, L)
         if self.tally is None:
-            return torch.zeros(tokens.shape, device=tokens.device)
-        return self.tally.excess(tokens)[:, None].masked_fill(tokens != END, 0)
+            return added
+        if tokens.device.type != "cpu":  # to ask which windows are closed would wait for the accelerator
+            return added + self.tally.excess(tokens)[:, None] * ended
+        rows = ended.any(1)
+        if rows.any():
+            added[rows] = self.tally.excess(tokens[rows])[:, None] * ended[rows]
+        return added
 
     @property
     def parameter_count(self) -> int:

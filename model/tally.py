@@ -34,7 +34,7 @@ _CELLS = 2**16
 _ROOT = 4
 """Distinct counts are learnt in proportion to the fourth root of their frequency: rare ones are what it is about."""
 
-_USUAL = 0.95
+_USUAL = 0.99
 """Share of the training sessions whose counts are no news. There END's surprisal is its own, so that open windows,
 which have no counts, are not outdone by every closed one."""
 
