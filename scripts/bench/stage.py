@@ -241,12 +241,12 @@ def wait(condition: Callable[[], Any], what: str) -> Any:
     return found
 
 
-def bare_loop(settings: Settings) -> float:
-    """Return the messages a second of a loop that reads values and does nothing: the ceiling."""
+def bare_loop(settings: Settings, read_ahead: Mapping[str, Any]) -> float:
+    """Return the messages a second of a loop that reads values and does nothing, with some settings of librdkafka."""
     with committed(settings) as watch:
         total = watch.total
     topic = settings.topics.events
-    consumer = Consumer(settings.kafka.for_consumer() | {"group.id": "bare-loop"})
+    consumer = Consumer({**read_ahead, **settings.kafka.for_consumer(), "group.id": "bare-loop"})
     consumer.assign([TopicPartition(topic, n, OFFSET_BEGINNING) for n in range(require_topic(settings, topic))])
     done = len(consumer.consume(1, 30))
     started = time.monotonic()

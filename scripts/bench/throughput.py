@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from random import Random
 from typing import Any
 
+from consumer.clients import READ_AHEAD
 from model.cli import console
 from model.sessions import Event
 from scripts.bench.stage import JOINED, Message, Stage, bare_loop, drained, send
@@ -17,6 +18,7 @@ _START = 1_704_067_200_000
 def pipeline(stage: Stage, options: Namespace) -> dict[str, Any]:
     """Run the bare loop, then the consumer with both deliveries, from the same topic; the cache is empty at first."""
     ceiling = _ceiling(stage, options.events)
+    untuned = bare_loop(stage.trial(events_topic=stage.stream(options.events)).settings, {})
     exactly_once = _rate(stage, options.events, delivery="exactly_once")
     at_least_once = _rate(stage, options.events, delivery="at_least_once")
     stage.known["pipeline_eps"] = exactly_once
@@ -24,6 +26,7 @@ def pipeline(stage: Stage, options: Namespace) -> dict[str, Any]:
         "pipeline_ratio": exactly_once / ceiling,
         "at_least_once_ratio": at_least_once / ceiling,
         "consume_ceiling_eps": ceiling,
+        "consume_untuned_eps": untuned,
         "pipeline_eps": exactly_once,
         "at_least_once_eps": at_least_once,
         "messages": options.events,
@@ -87,7 +90,7 @@ def hdfs_v1(stage: Stage, options: Namespace) -> dict[str, Any]:
 
 def _ceiling(stage: Stage, events: int) -> float:
     if "ceiling" not in stage.known:
-        stage.known["ceiling"] = bare_loop(stage.trial(events_topic=stage.stream(events)).settings)
+        stage.known["ceiling"] = bare_loop(stage.trial(events_topic=stage.stream(events)).settings, READ_AHEAD)
     return float(stage.known["ceiling"])
 
 

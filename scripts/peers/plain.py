@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 
 from confluent_kafka import Consumer, Producer
 
+from consumer.clients import READ_AHEAD
 from model.cli import run
 from scripts.peers.job import prepared
 
@@ -16,9 +17,8 @@ def main() -> None:
     """Work until told to stop."""
     settings, job, _ = prepared("scripts.peers.plain", "A plain poll loop on the same job.")
     windows: defaultdict[str, deque[int]] = defaultdict(lambda: deque(maxlen=job.window))
-    consumer = Consumer(
-        settings.kafka.for_consumer() | {"auto.offset.reset": "earliest", "auto.commit.interval.ms": 1000}
-    )
+    own = {"auto.offset.reset": "earliest", "auto.commit.interval.ms": 1000}
+    consumer = Consumer({**READ_AHEAD, **settings.kafka.for_consumer(), **own})  # it reads as fast as ours can
     producer = Producer(settings.kafka.for_producer())
     consumer.subscribe([settings.topics.events])
     fields = settings.events
