@@ -49,9 +49,9 @@ class Offender(msgspec.Struct, frozen=True):
     template: str | None
     surprisal: float
     expected: tuple[Expected, ...]
-    counts: tuple[Counted, ...]
     offset: int
     timestamp: str
+    counts: tuple[Counted, ...] = ()
 
 
 class WindowEvent(msgspec.Struct, frozen=True):

@@ -54,7 +54,7 @@ class ModelSettings(Section):
     heads: int = Field(default=4, ge=1, le=64)
     layers: int = Field(default=2, ge=1, le=24)
     feedforward: int = Field(default=128, ge=4, le=8192)
-    tallied: int = Field(default=64, ge=0, le=1024)
+    tallied: int = Field(default=32, ge=0, le=256)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ModelSettings":

@@ -87,7 +87,7 @@ class Autoencoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape.vocabulary))
         for embedding in (self.token, self.position):
             nn.init.normal_(embedding.weight, std=shape.width**-0.5)
-        self.tally = Tally(shape.vocabulary, shape.tallied) if shape.tallied else None
+        self.tally = Tally(shape.vocabulary, shape.tallied, shape.window) if shape.tallied else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, L), filled up with PAD, to logits (B, L, V)."""
@@ -104,15 +104,14 @@ class Autoencoder(nn.Module):
 
     def closing(self, tokens: Tensor) -> Tensor:
         """Return what the counts of windows (B, L) add to END's surprisal, in nats: (B, L), 0 elsewhere."""
-        ended = tokens == END  # (B, L)
         added = torch.zeros(tokens.shape, dtype=self.bias.dtype, device=tokens.device)  # (B, L)
         if self.tally is None:
             return added
-        if tokens.device.type != "cpu":  # to ask which windows are closed would wait for the accelerator
-            return added + self.tally.excess(tokens)[:, None] * ended
-        rows = ended.any(1)
-        if rows.any():
-            added[rows] = self.tally.excess(tokens[rows])[:, None] * ended[rows]
+        ended = tokens == END  # (B, L)
+        # Few windows are closed; but to ask which ones would wait for an accelerator.
+        rows = ended.any(1).nonzero()[:, 0] if tokens.device.type == "cpu" else slice(None)
+        excess = self.tally.excess(tokens[rows])  # (E,)
+        added[rows] = excess[:, None].masked_fill(~ended[rows], 0)  # (E, L)
         return added
 
     @property

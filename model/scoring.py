@@ -21,7 +21,7 @@ from model.bundle import Bundle
 from model.compiled import CompiledNetwork
 from model.config import Strategy
 from model.network import Autoencoder
-from model.tally import Tallied
+from model.tally import Tallied, Tally
 from model.vocabulary import BOS, PAD
 
 Rows = NDArray[np.uint16]
@@ -66,7 +66,8 @@ class Explanation:
         surprisals: of each token after BOS, in nats; the last one is END's when the look closes the session.
         offender: index into `surprisals` of the highest.
         expected: (token, probability) of the likeliest other tokens at the offender's place, the likeliest first.
-        counts: where END is the offender, and by its counts more than by its place: the least likely of those.
+            None where `counts` says more.
+        counts: where END is the offender, though nothing else was as likely there: its least likely counts.
     """
 
     score: float
@@ -111,21 +112,17 @@ class Scorer:
         closing = self._exact.closing(tokens)[0, 1:]  # (L - 1,)
         surprisal = own + closing
         offender = int(surprisal.argmax())
-        instead = logp[1 + offender].exp()  # (V,)
-        instead[tokens[0, 1 + offender]] = 0
-        probability, token = instead.topk(min(EXPECTED, len(instead)))
         score = _pool(surprisal[None], torch.ones(1, len(surprisal), dtype=torch.bool), self.strategy)
+        tally = self._exact.tally
+        there = logp[1 + offender].argmax() == tokens[0, 1 + offender]
+        by_counts = tally is not None and bool(there) and closing[offender] > own[offender]
         return Explanation(
             score=float(on_grid(score.numpy())[0]),
             surprisals=tuple(on_grid(surprisal.numpy()).tolist()),
             offender=offender,
-            expected=tuple(zip(token.tolist(), on_grid(probability.numpy()).tolist(), strict=True)),
-            counts=self._counts(tokens) if closing[offender] > own[offender] else (),
+            expected=() if by_counts else _likeliest(logp[1 + offender], int(tokens[0, 1 + offender])),
+            counts=_counts(tally, tokens) if tally is not None and by_counts else (),
         )
-
-    def _counts(self, tokens: Tensor) -> tuple[Tallied, ...]:
-        worst = [] if self._exact.tally is None else self._exact.tally.worst(tokens)[:COUNTED]
-        return tuple(replace(kind, surprisal=float(on_grid(np.array(kind.surprisal)))) for kind in worst)
 
     @torch.inference_mode()
     def _scores(self, network: Autoencoder, rows: Rows) -> NDArray[np.float64]:
@@ -152,6 +149,18 @@ class Scorer:
 def on_grid(values: NDArray[np.floating]) -> NDArray[np.float64]:
     """Round to multiples of `GRID`; the result prints with four decimals."""
     return np.asarray(np.round(values, 4), np.float64)
+
+
+def _likeliest(logp: Tensor, besides: int) -> tuple[tuple[int, float], ...]:
+    """Return the likeliest tokens, `besides` left out, and their probabilities, of log-probabilities (V,)."""
+    probability, token = logp.exp().index_fill(0, torch.tensor([besides]), 0).topk(min(EXPECTED, len(logp)))
+    return tuple(zip(token.tolist(), on_grid(probability.numpy()).tolist(), strict=True))
+
+
+def _counts(tally: Tally, tokens: Tensor) -> tuple[Tallied, ...]:
+    return tuple(
+        replace(kind, surprisal=float(on_grid(np.array(kind.surprisal)))) for kind in tally.worst(tokens, COUNTED)
+    )
 
 
 def _pool(surprisal: Tensor, real: Tensor, strategy: Strategy) -> Tensor:

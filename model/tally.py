@@ -8,9 +8,12 @@ rare event bears all that it is worth; given all others, the events that come wi
 
 Several such chains, which differ by their first weights only, are averaged in the logarithm: where training has seen
 little, each of them extrapolates in its own way, and a score should rest on what they agree on.
+
+Only windows that hold the whole session are tallied: of a longer one nobody knows what has left the window.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,14 +31,14 @@ STEPS = 3000
 
 _CHAINS, _WIDTH, _HIDDEN = 4, 8, 16
 _BATCH = 256
-_CELLS = 2**16
-"""Counts that are judged at a time: some 50 MB."""
+_CELLS = 2**14
+"""Counts that are judged at a time: some 40 MB, twice as much in float64."""
 
 _ROOT = 4
 """Distinct counts are learnt in proportion to the fourth root of their frequency: rare ones are what it is about."""
 
-_USUAL = 0.99
-"""Share of the training sessions whose counts are no news. There END's surprisal is its own, so that open windows,
+_FREE = 0.99
+"""Share of the training sessions whose counts add nothing. There END's surprisal is its own, so that open windows,
 which have no counts, are not outdone by every closed one."""
 
 _TELLING = 0.25
@@ -48,7 +51,7 @@ class Tallied:
 
     Attributes:
         token: the event; None for all that are not counted on their own.
-        count: how often, `MOST` at most.
+        count: how often.
         usual: the likeliest count, given those of the commoner kinds.
         surprisal: of `count`, in nats.
     """
@@ -67,13 +70,15 @@ class Tally(nn.Module):
     Args:
         vocabulary: number of tokens.
         kinds: how many events are counted on their own, at most.
+        window: newest events of a session that the network sees. Windows of so many add nothing.
     """
 
     column: Tensor
-    usual: Tensor
+    allowance: Tensor
 
-    def __init__(self, vocabulary: int, kinds: int) -> None:
+    def __init__(self, vocabulary: int, kinds: int, window: int) -> None:
         super().__init__()
+        self.window = window
         self.kinds = min(kinds, vocabulary - SPECIAL) + 1  # T
         chain = (_CHAINS, self.kinds)
         self.count = nn.Parameter(torch.zeros(*chain, MOST + 1, _WIDTH))  # as it is seen, and as it is expected
@@ -84,17 +89,18 @@ class Tally(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(_CHAINS, 1, 1, _WIDTH))
         self.bias = nn.Parameter(torch.zeros(*chain, MOST + 1))
         self.register_buffer("column", torch.full((vocabulary,), self.kinds))  # of each token; T: not counted
-        self.register_buffer("usual", torch.tensor(torch.inf))  # nats
+        self.register_buffer("allowance", torch.tensor(torch.inf))  # nats that counts may have for nothing
 
     def counts(self, tokens: Tensor) -> Tensor:
-        """Count the events of windows (B, L) by kind: (B, T), at most `MOST` of each."""
+        """Count the events of windows (B, L) by kind: (B, T)."""
         counts = torch.zeros(len(tokens), self.kinds + 1, dtype=torch.int64, device=tokens.device)  # (B, T + 1)
         column = self.column[tokens]  # (B, L)
-        return counts.scatter_add_(1, column, torch.ones_like(column))[:, :-1].clamp(max=MOST)
+        return counts.scatter_add_(1, column, torch.ones_like(column))[:, :-1]
 
     def forward(self, counts: Tensor) -> Tensor:
         """Map counts (B, T) to the log-probabilities of each count of each kind: (chains, B, T, MOST + 1)."""
-        seen = self.count[:, torch.arange(self.kinds, device=counts.device), counts]  # (C, B, T, D)
+        kind = torch.arange(self.kinds, device=counts.device)
+        seen = self.count[:, kind, counts.clamp(max=MOST)]  # (C, B, T, D)
         before = seen.cumsum(2) - seen + self.start[:, None]  # (C, B, T, D): of the kinds before
         hidden = F.gelu(torch.einsum("cbtd,cdh->cbth", before, self.up) + self.up_bias)  # (C, B, T, H)
         known = before + torch.einsum("cbth,chd->cbtd", hidden, self.down) + self.down_bias  # (C, B, T, D)
@@ -102,39 +108,56 @@ class Tally(nn.Module):
 
     def surprisals(self, counts: Tensor) -> Tensor:
         """Return the surprisal, in nats, of each kind's count given those of the commoner kinds: (B, T)."""
-        logp = self(counts)  # (C, B, T, K)
-        return -logp.gather(3, counts[None, :, :, None].expand(_CHAINS, -1, -1, 1))[..., 0].mean(0)
+        return _surprisals(self(counts), counts)
 
     def excess(self, tokens: Tensor) -> Tensor:
-        """Return by how much the counts of closed windows (B, L) are rarer than usual, in nats: (B,)."""
+        """Return by how much the counts of closed windows (B, L) are above their allowance, in nats: (B,)."""
+        if not len(tokens):
+            return torch.zeros(0, dtype=self.bias.dtype, device=tokens.device)
         parts = self.counts(tokens).split(max(1, _CELLS // self.kinds))
-        return (torch.cat([self.surprisals(part).sum(1) for part in parts]) - self.usual).clamp(min=0)
+        surprisal = torch.cat([self.surprisals(part).sum(1) for part in parts])  # (B,)
+        whole = (self.column[tokens] < self.kinds).sum(1) < self.window  # (B,)
+        return (surprisal - self.allowance).clamp(min=0) * whole
 
-    def worst(self, tokens: Tensor) -> list[Tallied]:
-        """Return the kinds that make a closed window (1, L) unusual, the least likely count first."""
+    @torch.no_grad()
+    def worst(self, tokens: Tensor, most: int) -> list[Tallied]:
+        """Return the kinds, `most` at most, that make a closed window (1, L) unusual, the least likely count first."""
         counts = self.counts(tokens)  # (1, T)
-        usual = self(counts).mean(0)[0].argmax(-1).tolist()  # (T,)
-        surprisal = self.surprisals(counts)[0].tolist()  # (T,)
-        token = {column: token for token, column in enumerate(self.column.tolist())} | {self.kinds - 1: None}
-        facts = zip(counts[0].tolist(), usual, surprisal, strict=True)
-        kinds = [Tallied(token[kind], *fact) for kind, fact in enumerate(facts)]
-        kinds.sort(key=lambda kind: -kind.surprisal)
-        least = _TELLING * kinds[0].surprisal
-        return kinds[:1] + [kind for kind in kinds[1:] if kind.count != kind.usual and kind.surprisal > least]
+        logp = self(counts)  # (C, 1, T, K)
+        surprisal = _surprisals(logp, counts)[0]  # (T,)
+        usual = logp.mean(0)[0].argmax(-1)  # (T,)
+        telling = (counts[0].clamp(max=MOST) != usual) & (surprisal > _TELLING * surprisal.max())  # (T,)
+        ascending = [kind for kind in surprisal.argsort().tolist() if telling[kind] or not telling.any()]
+        return [
+            Tallied(self._token(kind), int(counts[0, kind]), int(usual[kind]), float(surprisal[kind]))
+            for kind in ascending[: -most - 1 : -1]
+        ]
+
+    def _token(self, kind: int) -> int | None:
+        return None if kind == self.kinds - 1 else int((self.column == kind).nonzero()[0, 0])
+
+
+def _surprisals(logp: Tensor, counts: Tensor) -> Tensor:
+    """Return minus the log-probabilities, of `logp` (C, B, T, K), of counts (B, T), the mean over chains: (B, T)."""
+    place = counts.clamp(max=MOST)[None, :, :, None].expand(len(logp), -1, -1, 1)
+    return -logp.gather(3, place)[..., 0].mean(0)
 
 
 def teach(
-    tally: Tally, sessions: Iterable[Sequence[int]], window: int, seed: int, report: Callable[[], None] = lambda: None
+    tally: Tally, sessions: Iterable[Sequence[int]], seed: int, report: Callable[[], None] = lambda: None
 ) -> None:
-    """Teach the counts of normal sessions (token sequences), of which the network sees the newest `window` events.
+    """Teach the counts of normal sessions (token sequences); those that do not fit into the window are left out.
 
     The same seed and sessions give the same weights. `report` is called after each of `STEPS`.
     """
     random = torch.Generator().manual_seed(seed)
-    windows = [torch.tensor(session[-window:]) for session in sessions]
-    rows = nn.utils.rnn.pad_sequence(windows, batch_first=True)  # (N, L); 0 is PAD
-    tally.column[:] = _columns(rows.numpy(), len(tally.column), tally.kinds)
-    counts, of, often = torch.unique(tally.counts(rows), dim=0, return_inverse=True, return_counts=True)  # (U, T)
+    frequency = Counter(tuple(session) for session in sessions if len(session) < tally.window)
+    if not frequency:
+        return
+    rows = nn.utils.rnn.pad_sequence([torch.tensor(session) for session in frequency], batch_first=True)  # (S, L)
+    tally.column[:] = _columns(frequency, len(tally.column), tally.kinds)
+    counts, of = torch.unique(tally.counts(rows), dim=0, return_inverse=True)  # (U, T)
+    often = torch.zeros(len(counts), dtype=torch.int64).scatter_add_(0, of, torch.tensor([*frequency.values()]))  # (U,)
     weight = often.double() ** (1 / _ROOT)
     weight /= weight.sum()
     with torch.no_grad():
@@ -157,14 +180,16 @@ def teach(
         report()
     with torch.no_grad():
         surprisal = torch.cat([tally.surprisals(some).sum(1) for some in counts.split(_BATCH)])  # (U,)
-        tally.usual.copy_(surprisal[of].quantile(_USUAL))
+        ascending = surprisal.argsort()
+        sessions_below = often[ascending].cumsum(0)
+        tally.allowance.copy_(surprisal[ascending][(sessions_below >= _FREE * sessions_below[-1]).nonzero()[0, 0]])
 
 
-def _columns(rows: np.ndarray, vocabulary: int, kinds: int) -> Tensor:
+def _columns(frequency: Mapping[tuple[int, ...], int], vocabulary: int, kinds: int) -> Tensor:
     """Return the kind of each token (V,): those in most sessions first, all after them together."""
     documents = np.zeros(vocabulary, np.int64)
-    for row in rows:
-        documents[np.unique(row)] += 1
+    for session, times in frequency.items():
+        documents[list(set(session))] += times
     order = np.argsort(-documents[SPECIAL:], kind="stable") + SPECIAL
     column = torch.full((vocabulary,), kinds)  # PAD, BOS, END
     column[[UNK, *order.tolist()]] = kinds - 1

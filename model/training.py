@@ -92,7 +92,7 @@ def train(
     if average.tally is not None:
         taught = count(steps + 1)
         teach(
-            average.tally, sessions, model.window, training.seed,
+            average.tally, sessions, training.seed,
             lambda: report(Progress(next(taught), all_steps, loss_mean, restored_mean)),
         )  # fmt: skip
     return average

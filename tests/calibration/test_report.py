@@ -20,7 +20,8 @@ from model.errors import UserError
 from model.network import Autoencoder, Shape
 from model.scoring import Scorer
 from model.sessions import Session
-from model.vocabulary import UNK, Vocabulary
+from model.tally import teach
+from model.vocabulary import END, UNK, Vocabulary
 
 HOSTILE = '<script>alert("1")</script> & $x$ \ud83d 漢字\n'
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -119,6 +120,26 @@ def test_the_ten_highest_blocks_are_explained_as_an_alert_would(report, scorer):
         chances = [other.probability for other in exhibit.expected]
         assert chances == sorted(chances, reverse=True)
         assert exhibit.events[exhibit.offender] not in {other.event for other in exhibit.expected}
+
+
+def test_a_block_of_unusual_counts_is_shown_with_them(scorer, tmp_path):
+    torch.manual_seed(5)
+    network = Autoencoder(Shape(len(scorer.bundle.vocabulary), 30, 16, 2, 1, 16, tallied=2)).eval()
+    with torch.no_grad():
+        network.bias[END] = 3  # it may end anywhere: what is left are the counts
+    sessions = [Session(f"s{number}", ("a", "b")) for number in range(30)]
+    teach(network.tally, [scorer.bundle.vocabulary.encode(session.events) for session in sessions], 1)
+    sessions.append(Session("odd", ("a", "a", "a", "a", "a", "b", "new<b>", HOSTILE)))
+    counting = Scorer(Bundle(network, scorer.bundle.vocabulary))
+    scores = block_scores(sessions, counting, every=1)
+    threshold = calibrate(scores.blocks, counting, quantile=0.5, every=1, idle_timeout_ms=1)
+    odd = exhibits(scores.highest, counting, threshold)[0]
+    assert {(kind.event, kind.count, kind.usual) for kind in odd.counts} == {("a", 5, 1), ("<OTHER>", 2, 0)}
+    path = tmp_path / "page.html"
+    write_report(Findings(threshold, [], scores.blocks, scores.highest, None, 0.03), counting, path)
+    text = " ".join(" ".join(Page(path.read_text()).text).split())
+    assert re.search(r"the end of the block, with .*5 . a template of a .*expected .*1 . a", text)
+    assert re.search(r"2 . <OTHER>", text)
 
 
 def test_without_labels_and_times_there_are_no_curves_and_no_days(scorer, tmp_path):

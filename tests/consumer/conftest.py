@@ -92,7 +92,7 @@ def make_alert():
         moment = "2008-11-09T20:35:30.000Z"
         return Alert(
             SCHEMA_VERSION, f"{number:032x}", revision, block, "event", "minor", 5.25, 1.5, "max", 0.01,
-            Offender(2, event, template, 5.25, (Expected("E9", "expected of <*>", 0.9),), (), 7, moment),
+            Offender(2, event, template, 5.25, (Expected("E9", "expected of <*>", 0.9),), 7, moment),
             (WindowEvent("E5", 0.1), WindowEvent(event, 5.25), WindowEvent("E5", 0.02)),
             3, moment, moment, Source("log-events", 4, 3, 9), "ab" * 32, None,
         )  # fmt: skip

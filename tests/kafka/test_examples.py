@@ -40,7 +40,8 @@ def alerts_topic(kafka, topic_name):
     admin.create_topics([NewTopic(topic_name, 1, 1)])[topic_name].result(10)
     producer = Producer({"bootstrap.servers": kafka.bootstrap, "transactional.id": topic_name})
     producer.init_transactions(20)
-    minor = alert(3, severity="minor")
+    minor = alert(3, severity="minor") | {"reason": "counts"}
+    minor["offender"] = {"event_id": "<END>", "expected": [], "counts": [{"event_id": "read", "count": 9, "usual": 1}]}
     for published, finish in (
         ([alert(99)], producer.abort_transaction),
         ([alert(1), alert(2), alert(2), alert(2, revision=2), minor], producer.commit_transaction),
@@ -91,6 +92,7 @@ def test_the_python_reader_sees_each_alert_once_and_goes_on_where_it_was(start):
         ("3", "1"),
     ]
     assert "major: block-1 did delete_error, expected deleted 78% (score 5.40 > 0.70, revision 1)" in lines[0]
+    assert "minor: block-3 ended with 9 read, expected 1 read (score" in lines[3]
     time.sleep(0.5)  # the last one's commit
     assert stop(process) == ("", "")
     again = start("read_alerts.py")

@@ -48,7 +48,7 @@ def test_the_fingerprint_is_of_all_that_a_score_depends_on(bundle):
         assert changed.fingerprint != bundle.fingerprint
         changed.network.bias.copy_(bundle.network.bias)
         del changed.__dict__["fingerprint"]
-        changed.network.tally.usual.fill_(3)
+        changed.network.tally.allowance.fill_(3)
         assert changed.fingerprint != bundle.fingerprint
 
 

@@ -26,7 +26,7 @@ def network(shape):
             weight.add_(0.3 * torch.randn_like(weight))
         if made.tally is not None:
             made.tally.column[3:] = torch.arange(shape[0] - 3).clamp(max=made.tally.kinds - 1)
-            made.tally.usual.fill_(5)
+            made.tally.allowance.fill_(5)
     return made
 
 

@@ -25,7 +25,7 @@ def bundle():
         for weight in network.tally.parameters():
             weight.normal_(0, 0.3)
     network.tally.column[UNK:] = torch.tensor([4, 2, 4, 0, 4, 1, 3])
-    network.tally.usual.fill_(13.9)
+    network.tally.allowance.fill_(13.9)
     return Bundle(network, vocabulary)
 
 
@@ -85,26 +85,30 @@ def test_an_explanation_agrees_with_the_score_and_names_the_worst_event(bundle, 
     assert plain[why.offender] == pytest.approx(plain.max())
     observed = row[1 + why.offender]
     assert observed not in {token for token, _ in why.expected}
+    assert bool(why.counts) != bool(why.expected)
     probabilities = [probability for _, probability in why.expected]
     assert probabilities == sorted(probabilities, reverse=True)
-    assert sum(probabilities) + np.exp(-plain.max()) <= 1 + 1e-3 or why.counts
+    assert sum(probabilities) + np.exp(-plain.max()) <= 1 + 1e-3
 
 
 def test_an_explanation_names_the_counts_when_they_make_the_end_what_it_is(bundle):
     network = copy.deepcopy(bundle.network)
-    network.tally.usual.fill_(0)  # now every count is news
+    network.tally.allowance.fill_(0)  # now every count is news
+    network.bias.data[END] = 3  # and to end here is in order
     counts = network.tally.counts(torch.tensor([[BOS, 6, 6, 6, 4, END]]))
     assert counts.tolist() == [[3, 0, 1, 0, 0]]
     row = rows_of([([6, 6, 6, 4], True)])[0]
     why = Scorer(Bundle(network, bundle.vocabulary)).explain(row)
     assert why.offender == 4
+    assert why.expected == ()
     assert 1 <= len(why.counts) <= 3
     assert {kind.token: kind.count for kind in why.counts}.items() <= {6: 3, 8: 0, 4: 1, 9: 0, None: 0}.items()
     assert [kind.surprisal for kind in why.counts] == sorted((kind.surprisal for kind in why.counts), reverse=True)
     open_row = rows_of([([6, 6, 6, 4], False)])[0]
     assert Scorer(bundle).explain(open_row).counts == ()
-    network.bias.data[END] = -100  # the end itself is the greater surprise
-    assert Scorer(Bundle(network, bundle.vocabulary)).explain(row).counts == ()
+    network.bias.data[END] = -1  # something else was likelier here: the block should have gone on
+    why = Scorer(Bundle(network, bundle.vocabulary)).explain(row)
+    assert (why.offender, why.counts, len(why.expected)) == (4, (), 3)
 
 
 def test_many_windows_of_all_lengths_come_back_in_their_places(bundle):

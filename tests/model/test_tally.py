@@ -32,7 +32,7 @@ def window(*events, length=24):
 @pytest.fixture(scope="module")
 def chains():
     """Two kinds of their own, A and C, in this order, and all others."""
-    tally = randomly(Tally(VOCABULARY, 2))
+    tally = randomly(Tally(VOCABULARY, 2, 24))
     tally.column[[A, C, B, D, UNK]] = torch.tensor([0, 1, 2, 2, 2])
     return tally
 
@@ -42,7 +42,9 @@ def chains():
 def test_events_are_counted_by_kind(chains, events):
     often = Counter(events)
     expected = [often[A], often[C], often[B] + often[D] + often[UNK]]
-    assert chains.counts(window(*events)).tolist() == [[min(count, MOST) for count in expected]]
+    counts = chains.counts(window(*events))
+    assert counts.tolist() == [expected]
+    assert torch.equal(chains.surprisals(counts), chains.surprisals(counts.clamp(max=MOST))), "more is as much"
 
 
 def test_each_chain_is_a_distribution_over_all_counts(chains):
@@ -73,11 +75,11 @@ def test_a_surprisal_is_that_of_the_count_given_the_commoner_kinds(chains, count
 def test_what_is_usual_adds_nothing_and_what_is_above_adds_what_it_is_above(chains):
     windows = torch.cat([window(A), window(A, C, C), window(*[B] * 20), window(UNK, D)])
     surprisals = chains.surprisals(chains.counts(windows)).sum(1)
-    chains.usual.fill_(surprisals.sort().values[1:3].mean())
+    chains.allowance.fill_(surprisals.sort().values[1:3].mean())
     excess = chains.excess(windows)
     assert sorted(excess > 0) == [False, False, True, True]
-    assert excess.tolist() == pytest.approx([max(0, value - chains.usual.item()) for value in surprisals.tolist()])
-    assert Tally(VOCABULARY, 2).excess(windows).tolist() == [0] * 4, "untaught"
+    assert excess.tolist() == pytest.approx([max(0, value - chains.allowance.item()) for value in surprisals.tolist()])
+    assert Tally(VOCABULARY, 2, 24).excess(windows).tolist() == [0] * 4, "untaught"
 
 
 def test_many_windows_do_not_fill_the_memory(chains):
@@ -86,7 +88,7 @@ def test_many_windows_do_not_fill_the_memory(chains):
     excess = chains.excess(window(A, C).repeat(60_000, 1))
     hook.remove()
     assert len(passes) > 1
-    assert max(passes) <= 4 * 2**16 * (MOST + 1)
+    assert max(passes) <= 4 * 2**14 * (MOST + 1)
     assert len(excess) == 60_000
 
 
@@ -96,8 +98,8 @@ NORMAL = [[A, *[D] * times, *both] for times in (1, 2, 3) for both in ([], [B, C
 
 @pytest.fixture(scope="module")
 def taught():
-    tally, steps = Tally(VOCABULARY, 3), []
-    teach(tally, NORMAL, 20, 1, lambda: steps.append(None))
+    tally, steps = Tally(VOCABULARY, 3, 24), []
+    teach(tally, NORMAL, 1, lambda: steps.append(None))
     assert len(steps) == STEPS
     return tally
 
@@ -112,28 +114,35 @@ def test_it_learns_which_counts_belong_together(taught):
 
 
 def test_it_says_which_counts_are_unusual(taught):
-    kind, *_ = taught.worst(window(A, D, D, B, B, C))
+    kind, *_ = taught.worst(window(A, D, D, B, B, C), 3)
     assert (kind.token, kind.count, kind.usual) == (B, 2, 1)
-    other, *_ = taught.worst(window(A, D, D, B))
+    other, *_ = taught.worst(window(A, D, D, B), 3)
     assert (other.token, other.count, other.usual) == (None, 0, 1), "C is not counted on its own"
     total = taught.surprisals(taught.counts(window(A, D, D, B))).sum().item()
     assert total - 3 < other.surprisal < total
-    assert [kind.token for kind in taught.worst(window(A, A, D))] == [A], "no B is not worth telling beside two A"
+    assert [(kind.token, kind.count) for kind in taught.worst(window(*[A] * 20, D, D, D, D), 1)] == [(A, 20)]
+    assert [kind.token for kind in taught.worst(window(A, A, D), 3)] == [A], "no B is not worth telling beside two A"
 
 
-def test_only_the_newest_events_are_counted():
-    long = [[*[B] * 10, A, A], [*[B] * 12, A, A]] * 10
-    tally = Tally(VOCABULARY, 4)
-    teach(tally, long, 3, 1)
-    assert tally.excess(window(B, A, A)) == 0
-    assert tally.excess(window(*[B] * 10, A, A)) > 0
+def test_a_session_that_does_not_fit_into_the_window_is_not_tallied(monkeypatch):
+    monkeypatch.setattr("model.tally.STEPS", 1000)
+    sessions = [[A, B], [A, B, B]] * 10
+    tally, other = Tally(VOCABULARY, 4, 5), Tally(VOCABULARY, 4, 5)
+    teach(tally, [*sessions, [*[C] * 40, A, A]], 1)
+    teach(other, sessions, 1)
+    assert torch.equal(tally.count, other.count)
+    assert tally.excess(window(A, C, C, C)) > 2
+    assert tally.excess(window(A, C, C, C, C)) == 0, "nobody knows what was before"
+    untaught = Tally(VOCABULARY, 4, 2)
+    teach(untaught, sessions, 1)
+    assert untaught.excess(window(D)) == 0, "no session was short enough to learn from"
 
 
 def test_more_distinct_counts_than_fit_into_a_step_are_learnt_too():
     random = np.random.default_rng(0)
     sessions = [np.repeat([A, B, C], [*random.integers(0, 12, 2), 5]).tolist() for _ in range(2000)]
-    tally = Tally(VOCABULARY, 4)
-    teach(tally, sessions, 40, 1)
+    tally = Tally(VOCABULARY, 4, 40)
+    teach(tally, sessions, 1)
     assert tally.excess(torch.cat([window(*session, length=40) for session in sessions])).median() == 0
     assert tally.excess(window(*[C] * 4)) > 2
     assert tally.excess(window(*[C] * 5, D)) > 2
@@ -143,8 +152,8 @@ def test_the_same_seed_teaches_the_same(monkeypatch):
     monkeypatch.setattr("model.tally.STEPS", 100)
 
     def weights(seed):
-        tally = Tally(VOCABULARY, 3)
-        teach(tally, NORMAL[:9], 20, seed)
+        tally = Tally(VOCABULARY, 3, 24)
+        teach(tally, NORMAL[:9], seed)
         return torch.cat([weight.flatten() for weight in tally.parameters()])
 
     assert torch.equal(weights(1), weights(1))
