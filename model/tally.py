@@ -27,7 +27,7 @@ MOST = 15
 """A kind is counted up to this; more is as much."""
 
 STEPS = 3000
-"""Of training."""
+"""Of training, at most."""
 
 _CHAINS, _WIDTH, _HIDDEN = 4, 8, 16
 _BATCH = 256
@@ -144,11 +144,15 @@ def _surprisals(logp: Tensor, counts: Tensor) -> Tensor:
 
 
 def teach(
-    tally: Tally, sessions: Iterable[Sequence[int]], seed: int, report: Callable[[], None] = lambda: None
+    tally: Tally,
+    sessions: Iterable[Sequence[int]],
+    seed: int,
+    steps: int = STEPS,
+    report: Callable[[], None] = lambda: None,
 ) -> None:
     """Teach the counts of normal sessions (token sequences); those that do not fit into the window are left out.
 
-    The same seed and sessions give the same weights. `report` is called after each of `STEPS`.
+    The same seed and sessions give the same weights. `report` is called after each of `steps`.
     """
     random = torch.Generator().manual_seed(seed)
     frequency = Counter(tuple(session) for session in sessions if len(session) < tally.window)
@@ -167,8 +171,8 @@ def teach(
             values.uniform_(-1, 1, generator=random).mul_(values.shape[1] ** -0.5)
     # Strong decay: a weight stays only where many sessions speak for it.
     optimizer = torch.optim.AdamW(tally.parameters(), lr=0.003, weight_decay=1.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.003, STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.003, max(steps, 2))
+    for _ in range(steps):
         optimizer.zero_grad()
         if len(counts) <= _BATCH:
             loss = tally.surprisals(counts).sum(1) @ weight.float()

@@ -54,7 +54,8 @@ def train(
     average = copy.deepcopy(network).eval()
     parts = min(_PARTS_CPU, training.batch_size) if device.type == "cpu" else 1
     steps = training.epochs * -(-len(sessions) // training.batch_size)
-    all_steps = steps if average.tally is None else steps + STEPS
+    tally_steps = 0 if average.tally is None else min(STEPS, 2 * steps)
+    all_steps = steps + tally_steps
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=training.learning_rate, total_steps=max(steps, 2), pct_start=0.1
@@ -92,7 +93,7 @@ def train(
     if average.tally is not None:
         taught = count(steps + 1)
         teach(
-            average.tally, sessions, training.seed,
+            average.tally, sessions, training.seed, tally_steps,
             lambda: report(Progress(next(taught), all_steps, loss_mean, restored_mean)),
         )  # fmt: skip
     return average

@@ -99,7 +99,7 @@ NORMAL = [[A, *[D] * times, *both] for times in (1, 2, 3) for both in ([], [B, C
 @pytest.fixture(scope="module")
 def taught():
     tally, steps = Tally(VOCABULARY, 3, 24), []
-    teach(tally, NORMAL, 1, lambda: steps.append(None))
+    teach(tally, NORMAL, 1, report=lambda: steps.append(None))
     assert len(steps) == STEPS
     return tally
 
@@ -124,12 +124,11 @@ def test_it_says_which_counts_are_unusual(taught):
     assert [kind.token for kind in taught.worst(window(A, A, D), 3)] == [A], "no B is not worth telling beside two A"
 
 
-def test_a_session_that_does_not_fit_into_the_window_is_not_tallied(monkeypatch):
-    monkeypatch.setattr("model.tally.STEPS", 1000)
+def test_a_session_that_does_not_fit_into_the_window_is_not_tallied():
     sessions = [[A, B], [A, B, B]] * 10
     tally, other = Tally(VOCABULARY, 4, 5), Tally(VOCABULARY, 4, 5)
-    teach(tally, [*sessions, [*[C] * 40, A, A]], 1)
-    teach(other, sessions, 1)
+    teach(tally, [*sessions, [*[C] * 40, A, A]], 1, 1000)
+    teach(other, sessions, 1, 1000)
     assert torch.equal(tally.count, other.count)
     assert tally.excess(window(A, C, C, C)) > 2
     assert tally.excess(window(A, C, C, C, C)) == 0, "nobody knows what was before"
@@ -148,12 +147,10 @@ def test_more_distinct_counts_than_fit_into_a_step_are_learnt_too():
     assert tally.excess(window(*[C] * 5, D)) > 2
 
 
-def test_the_same_seed_teaches_the_same(monkeypatch):
-    monkeypatch.setattr("model.tally.STEPS", 100)
-
+def test_the_same_seed_teaches_the_same():
     def weights(seed):
         tally = Tally(VOCABULARY, 3, 24)
-        teach(tally, NORMAL[:9], seed)
+        teach(tally, NORMAL[:9], seed, 100)
         return torch.cat([weight.flatten() for weight in tally.parameters()])
 
     assert torch.equal(weights(1), weights(1))
