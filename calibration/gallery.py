@@ -4,32 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibration.block_scores import Block
+from consumer.alerts import Counted, Expected
 from consumer.threshold import Threshold
 from model.scoring import Scorer
-from model.tally import Tallied
-from model.vocabulary import END_NAME, OTHER_NAME, Vocabulary
+from model.vocabulary import END_NAME
 
 _NEGLIGIBLE = 0.001
 """An event that was less likely than this was not expected."""
-
-
-@dataclass(frozen=True)
-class Expected:
-    """An event that the model would have taken for normal."""
-
-    event: str
-    template: str | None
-    probability: float
-
-
-@dataclass(frozen=True)
-class Counted:
-    """How often a kind of event came, and how often it usually does."""
-
-    event: str
-    template: str | None
-    count: int
-    usual: int
 
 
 @dataclass(frozen=True)
@@ -93,16 +74,9 @@ def exhibits(blocks: Sequence[Block], scorer: Scorer, threshold: Threshold) -> l
                 offender=why.offender,
                 template=vocabulary.template(events[why.offender]),
                 expected=tuple(
-                    Expected(name, vocabulary.template(name), probability)
-                    for name, probability in ((vocabulary.name(token), share) for token, share in why.expected)
-                    if probability >= _NEGLIGIBLE
+                    Expected.of(token, share, vocabulary) for token, share in why.expected if share >= _NEGLIGIBLE
                 ),
-                counts=tuple(_counted(kind, vocabulary) for kind in why.counts),
+                counts=tuple(Counted.of(kind, vocabulary) for kind in why.counts),
             )
         )
     return shown
-
-
-def _counted(kind: Tallied, vocabulary: Vocabulary) -> Counted:
-    event = OTHER_NAME if kind.token is None else vocabulary.name(kind.token)
-    return Counted(event, vocabulary.template(event), kind.count, kind.usual)

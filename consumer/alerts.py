@@ -10,6 +10,8 @@ from typing import Any, Literal
 import msgspec
 
 from consumer.records import Question
+from model.tally import Tallied
+from model.vocabulary import OTHER_NAME, Vocabulary
 
 SCHEMA_VERSION = 3
 
@@ -30,6 +32,12 @@ class Expected(msgspec.Struct, frozen=True):
     template: str | None
     probability: float
 
+    @classmethod
+    def of(cls, token: int, probability: float, vocabulary: Vocabulary) -> "Expected":
+        """Name a token."""
+        event = vocabulary.name(token)
+        return cls(event, vocabulary.template(event), probability)
+
 
 class Counted(msgspec.Struct, frozen=True):
     """How often a kind of event came in the window of a block that ended. `<OTHER>`: all that are not counted apart."""
@@ -39,6 +47,12 @@ class Counted(msgspec.Struct, frozen=True):
     count: int
     usual: int
     surprisal: float
+
+    @classmethod
+    def of(cls, kind: Tallied, vocabulary: Vocabulary) -> "Counted":
+        """Name a kind."""
+        event = OTHER_NAME if kind.token is None else vocabulary.name(kind.token)
+        return cls(event, vocabulary.template(event), kind.count, kind.usual, kind.surprisal)
 
 
 class Offender(msgspec.Struct, frozen=True):

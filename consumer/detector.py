@@ -30,8 +30,7 @@ from consumer.settings import DriftSettings
 from consumer.threshold import Threshold
 from consumer.windows import Looks, WindowStore
 from model.scoring import Explanation, Scorer
-from model.tally import Tallied
-from model.vocabulary import END, OTHER_NAME, UNK, Vocabulary
+from model.vocabulary import END, UNK, Vocabulary
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -283,10 +282,10 @@ class Detector:
                 event_id=names[why.offender],
                 template=self._bundle.vocabulary.template(names[why.offender]),
                 surprisal=why.surprisals[why.offender],
-                expected=tuple(self._expected(token, probability) for token, probability in why.expected),
+                expected=tuple(Expected.of(token, share, self._bundle.vocabulary) for token, share in why.expected),
                 offset=int(looks.offsets[place, source]),
                 timestamp=_iso(looks.times[place, source]),
-                counts=tuple(map(self._counted, why.counts)),
+                counts=tuple(Counted.of(kind, self._bundle.vocabulary) for kind in why.counts),
             ),
             window=tuple(map(WindowEvent, fitting(names), why.surprisals)),
             events_seen=int(fact["count"]),
@@ -308,14 +307,6 @@ class Detector:
             )
         ]
         return [*names, name(END)] if looks.facts["closing"][place] else names
-
-    def _expected(self, token: int, probability: float) -> Expected:
-        event = self._bundle.vocabulary.name(token)
-        return Expected(event, self._bundle.vocabulary.template(event), probability)
-
-    def _counted(self, kind: Tallied) -> Counted:
-        event = OTHER_NAME if kind.token is None else self._bundle.vocabulary.name(kind.token)
-        return Counted(event, self._bundle.vocabulary.template(event), kind.count, kind.usual, kind.surprisal)
 
 
 def _position(looks: Looks, place: int, why: Explanation) -> int:

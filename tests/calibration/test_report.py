@@ -119,7 +119,7 @@ def test_the_ten_highest_blocks_are_explained_as_an_alert_would(report, scorer):
         assert exhibit.severity == threshold.levels[threshold.rank(exhibit.score) - 1].name
         chances = [other.probability for other in exhibit.expected]
         assert chances == sorted(chances, reverse=True)
-        assert exhibit.events[exhibit.offender] not in {other.event for other in exhibit.expected}
+        assert exhibit.events[exhibit.offender] not in {other.event_id for other in exhibit.expected}
 
 
 def test_a_block_of_unusual_counts_is_shown_with_them(scorer, tmp_path):
@@ -134,7 +134,7 @@ def test_a_block_of_unusual_counts_is_shown_with_them(scorer, tmp_path):
     scores = block_scores(sessions, counting, every=1)
     threshold = calibrate(scores.blocks, counting, quantile=0.5, every=1, idle_timeout_ms=1)
     odd = exhibits(scores.highest, counting, threshold)[0]
-    assert {(kind.event, kind.count, kind.usual) for kind in odd.counts} == {("a", 5, 1), ("<OTHER>", 2, 0)}
+    assert {(kind.event_id, kind.count, kind.usual) for kind in odd.counts} == {("a", 5, 1), ("<OTHER>", 2, 0)}
     path = tmp_path / "page.html"
     write_report(Findings(threshold, [], scores.blocks, scores.highest, None, 0.03), counting, path)
     text = " ".join(" ".join(Page(path.read_text()).text).split())
