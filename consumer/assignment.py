@@ -12,21 +12,19 @@ from contextlib import closing, contextmanager
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
+from consumer.clients import listed
 from consumer.delivery import Delivery, StateRecord, TransactionAborted
 from consumer.detector import Detector
 from consumer.faultpoints import come_by
 from consumer.metrics import Metrics
 from consumer.partition import Partition
-from consumer.patience import HOPELESS, Patience
+from consumer.patience import Patience, has_lost_its_place, is_hopeless
 from consumer.refusals import with_remedy
 from consumer.restore import Restorer
 from consumer.settings import Settings
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
-
-_LOST_PLACE = {KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION}  # noqa: SLF001 - librdkafka's own
-"""The offset to be read next is not in the topic: it was cut, or made anew."""
 
 
 class Assignment:
@@ -101,11 +99,11 @@ class Assignment:
 
     def on_error(self, error: KafkaError, partition: int) -> None:
         """Take in an error that came in the place of a message; if there is no going on, `check` says so."""
-        if error.code() in HOPELESS or error.code() == KafkaError._FATAL:  # noqa: SLF001 - librdkafka's own
+        if is_hopeless(error):
             self._failure = f"{self._topic}: {with_remedy(error)}"
             return
         log.warning("%s: %s", self._topic, error.str())
-        if error.code() in _LOST_PLACE:
+        if has_lost_its_place(error):
             self._astray.add(partition)
             self.recovery_due = True
 
@@ -193,7 +191,7 @@ class Assignment:
             return
         self._joined = True
         come_by("rebalance")
-        log.info("assigned partitions %s", _numbers(partitions))
+        log.info("assigned partitions %s", listed(partitions))
 
     def _on_revoke(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         numbers = [revoked.partition for revoked in partitions if revoked.partition in self._partitions]
@@ -208,7 +206,7 @@ class Assignment:
         self._drop(numbers)
         consumer.incremental_unassign(partitions)
         come_by("rebalance")
-        log.info("gave back partitions %s", _numbers(partitions))
+        log.info("gave back partitions %s", listed(partitions))
 
     def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
@@ -219,7 +217,7 @@ class Assignment:
         self._drop([lost.partition for lost in partitions])
         self.recovery_due = True  # what else was in the transaction is gone with it
         consumer.incremental_unassign(partitions)
-        log.warning("lost partitions %s: another member has them now", _numbers(partitions))
+        log.warning("lost partitions %s: another member has them now", listed(partitions))
 
     def _drop(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -232,7 +230,3 @@ def _records(due: Iterable[Partition], *, begin: bool, finish: Container[int]) -
         yield from partition.records(begin=begin, finish=partition.number in finish)
     if begin:
         come_by("checkpoint")
-
-
-def _numbers(partitions: Iterable[TopicPartition]) -> str:
-    return ", ".join(str(number) for number in sorted(partition.partition for partition in partitions)) or "none"

@@ -1,7 +1,7 @@
 """Makes clients of Kafka: a setting that librdkafka refuses is named in a sentence."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
@@ -83,6 +83,11 @@ def committed_offsets(consumer: Consumer, wanted: Sequence[TopicPartition]) -> l
         if place.error is not None:
             raise KafkaException(place.error)
     return found
+
+
+def listed(partitions: Iterable[TopicPartition]) -> str:
+    """Return the numbers of partitions for people."""
+    return ", ".join(str(number) for number in sorted(partition.partition for partition in partitions)) or "none"
 
 
 def _setting_error(settings: Settings, error: KafkaException) -> UserError:

@@ -62,6 +62,16 @@ _PASSING = {
 }
 
 
+def is_hopeless(error: KafkaError) -> bool:
+    """Say whether a client that met with `error` cannot go on, however long it waits."""
+    return error.code() in HOPELESS or error.code() == KafkaError._FATAL  # noqa: SLF001
+
+
+def has_lost_its_place(error: KafkaError) -> bool:
+    """Say whether the offset to be read next is not in the topic: it was cut, or made anew."""
+    return error.code() in {KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION}  # noqa: SLF001
+
+
 def is_passing(error: KafkaError) -> bool:
     """Say whether the same call may succeed once brokers are back, or no longer busy."""
     return error.retriable() or error.code() in _PASSING

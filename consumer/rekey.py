@@ -8,17 +8,18 @@ the first line of each partition that still waits.
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from consumer.artifacts import ModelWatcher
+from consumer.clients import listed
 from consumer.cutting import Cut, Cutter
 from consumer.delivery import TransactionAborted, delivery_for
 from consumer.faultpoints import come_by
 from consumer.merge import Merge
 from consumer.outbox import Outbox
-from consumer.patience import HOPELESS, Patience
+from consumer.patience import Patience, has_lost_its_place, is_hopeless
 from consumer.places import Places
 from consumer.reading import Reading, lines_consumer
 from consumer.refusals import with_remedy
@@ -31,7 +32,6 @@ log = logging.getLogger("consumer")
 
 _REPORT_SECONDS = 60.0
 _STATUS_SECONDS = 1.0
-_LOST_PLACE = {KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION}  # noqa: SLF001 - librdkafka's own
 
 
 class Rekeyer:
@@ -219,7 +219,7 @@ class Rekeyer:
         # What was read before, and is about to be handed over, went on from what was pending then.
         self._recovery_due |= not self._gave_back.isdisjoint(numbers)
         come_by("rebalance")
-        log.info("assigned partitions %s", _listed(partitions))
+        log.info("assigned partitions %s", listed(partitions))
 
     def _on_revoke(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
@@ -232,7 +232,7 @@ class Rekeyer:
             self._failure = str(error)
         self._give_back(consumer, partitions)
         come_by("rebalance")
-        log.info("gave back partitions %s", _listed(partitions))
+        log.info("gave back partitions %s", listed(partitions))
 
     def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
@@ -241,7 +241,7 @@ class Rekeyer:
             self._failure = str(error)
         self._recovery_due = True  # what else was in the transaction is gone with it
         self._give_back(consumer, partitions)
-        log.warning("lost partitions %s: another member has them now", _listed(partitions))
+        log.warning("lost partitions %s: another member has them now", listed(partitions))
 
     def _give_back(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         numbers = [given.partition for given in partitions]
@@ -255,12 +255,8 @@ class Rekeyer:
             raise UserError(self._failure)
 
     def _on_message_error(self, error: KafkaError, partition: int) -> None:
-        if error.code() in HOPELESS or error.code() == KafkaError._FATAL:  # noqa: SLF001 - librdkafka's own
+        if is_hopeless(error):
             self._failure = f"{self._topic}: {with_remedy(error)}"
             return
         log.warning("%s/%d: %s", self._topic, partition, error.str())
-        self._recovery_due |= error.code() in _LOST_PLACE
-
-
-def _listed(partitions: Iterable[TopicPartition]) -> str:
-    return ", ".join(str(number) for number in sorted(partition.partition for partition in partitions)) or "none"
+        self._recovery_due |= has_lost_its_place(error)
