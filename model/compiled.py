@@ -102,11 +102,10 @@ class CompiledNetwork:
         with self._blas.limit(limits=1):  # each of our threads multiplies on its own
             for _ in self._pool.map(forward, [order[first::threads].copy() for first in range(threads)]):
                 pass
-        ended = np.flatnonzero((rows == END).any(axis=1))  # (E,)
         if self._tally is not None:
+            ended = np.flatnonzero((rows == END).any(axis=1))  # (E,)
             with torch.inference_mode():
-                excess = self._tally.excess(torch.from_numpy(rows[ended].astype(np.int64)))  # (E,)
-            found[ended] += np.where(rows[ended] == END, excess.numpy()[:, None], 0)
+                found[ended] += self._tally.closing(torch.from_numpy(rows[ended].astype(np.int64))).numpy()
         return found
 
 

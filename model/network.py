@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.tally import Tally
-from model.vocabulary import END, PAD
+from model.vocabulary import PAD
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,9 @@ class Autoencoder(nn.Module):
 
     def closing(self, tokens: Tensor) -> Tensor:
         """Return what the counts of windows (B, L) add to END's surprisal, in nats: (B, L), 0 elsewhere."""
-        added = torch.zeros(tokens.shape, dtype=self.bias.dtype, device=tokens.device)  # (B, L)
         if self.tally is None:
-            return added
-        ended = tokens == END  # (B, L)
-        # Few windows are closed; but to ask which ones would wait for an accelerator.
-        rows = ended.any(1).nonzero()[:, 0] if tokens.device.type == "cpu" else slice(None)
-        excess = self.tally.excess(tokens[rows])  # (E,)
-        added[rows] = excess[:, None].masked_fill(~ended[rows], 0)  # (E, L)
-        return added
+            return torch.zeros(tokens.shape, dtype=self.bias.dtype, device=tokens.device)
+        return self.tally.closing(tokens)
 
     @property
     def parameter_count(self) -> int:

@@ -66,7 +66,7 @@ class Explanation:
         surprisals: of each token after BOS, in nats; the last one is END's when the look closes the session.
         offender: index into `surprisals` of the highest.
         expected: (token, probability) of the likeliest other tokens at the offender's place, the likeliest first.
-            None where `counts` says more.
+            Empty where `counts` says more.
         counts: where END is the offender, though nothing else was as likely there: its least likely counts.
     """
 

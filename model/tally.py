@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.vocabulary import SPECIAL, UNK
+from model.vocabulary import END, SPECIAL, UNK
 
 MOST = 15
 """A kind is counted up to this; more is as much."""
@@ -110,6 +110,15 @@ class Tally(nn.Module):
         """Return the surprisal, in nats, of each kind's count given those of the commoner kinds: (B, T)."""
         return _surprisals(self(counts), counts)
 
+    def closing(self, tokens: Tensor) -> Tensor:
+        """Return what END has of `excess` in windows (B, L), closed or not, in nats: (B, L), 0 elsewhere."""
+        ended = tokens == END  # (B, L)
+        # Few windows are closed; but to ask which ones would wait for an accelerator.
+        rows = ended.any(1).nonzero()[:, 0] if tokens.device.type == "cpu" else slice(None)
+        added = torch.zeros(tokens.shape, dtype=self.bias.dtype, device=tokens.device)  # (B, L)
+        added[rows] = self.excess(tokens[rows])[:, None].masked_fill(~ended[rows], 0)  # (E, L)
+        return added
+
     def excess(self, tokens: Tensor) -> Tensor:
         """Return by how much the counts of closed windows (B, L) are above their allowance, in nats: (B,)."""
         if not len(tokens):
@@ -148,11 +157,11 @@ def teach(
     sessions: Iterable[Sequence[int]],
     seed: int,
     steps: int = STEPS,
-    report: Callable[[], None] = lambda: None,
+    report: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Teach the counts of normal sessions (token sequences); those that do not fit into the window are left out.
 
-    The same seed and sessions give the same weights. `report` is called after each of `steps`.
+    The same seed and sessions give the same weights. `report` is told each of `steps`, from 1.
     """
     random = torch.Generator().manual_seed(seed)
     frequency = Counter(tuple(session) for session in sessions if len(session) < tally.window)
@@ -172,16 +181,16 @@ def teach(
     # Strong decay: a weight stays only where many sessions speak for it.
     optimizer = torch.optim.AdamW(tally.parameters(), lr=0.003, weight_decay=1.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.003, max(steps, 2))
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         optimizer.zero_grad()
         if len(counts) <= _BATCH:
             loss = tally.surprisals(counts).sum(1) @ weight.float()
         else:
             loss = tally.surprisals(counts[torch.multinomial(weight, _BATCH, True, generator=random)]).sum(1).mean()
-        (_CHAINS * loss).backward()
+        (_CHAINS * loss).backward()  # the chains' sum: each learns as if it were alone
         optimizer.step()
         schedule.step()
-        report()
+        report(step)
     with torch.no_grad():
         surprisal = torch.cat([tally.surprisals(some).sum(1) for some in counts.split(_BATCH)])  # (U,)
         ascending = surprisal.argsort()

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 import torch
@@ -91,10 +90,9 @@ def train(
         report(Progress(step, all_steps, loss_mean, restored_mean))
     average.cpu()
     if average.tally is not None:
-        taught = count(steps + 1)
         teach(
             average.tally, sessions, training.seed, tally_steps,
-            lambda: report(Progress(next(taught), all_steps, loss_mean, restored_mean)),
+            lambda step: report(Progress(steps + step, all_steps, loss_mean, restored_mean)),
         )  # fmt: skip
     return average
 
