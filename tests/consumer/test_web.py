@@ -8,8 +8,10 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 
+import msgspec
 import pytest
 
+from consumer.alerts import Counted
 from consumer.board import ALERTS, Board, source_commands
 from consumer.drift import EDGES
 from consumer.metrics import Metrics, PartitionStatus, Status
@@ -220,6 +222,18 @@ def test_an_alert_comes_in_with_its_window_and_hostile_names_are_only_text(page,
     board.post([make_alert(1, block="blk_1", revision=2)])
     page.get_by_text("revision 2").wait_for()
     assert page.locator("article h3").all_inner_texts() == ["blk_1", HOSTILE]
+
+
+def test_an_alert_says_which_counts_are_unusual_and_their_names_are_only_text(page, board, make_alert):
+    alert = make_alert(1, event="<END>")
+    counts = (Counted(HOSTILE, HOSTILE, 9, 1, 7.5), Counted("<OTHER>", None, 2, 0, 6.5))
+    offender = msgspec.structs.replace(alert.offender, expected=(), counts=counts)
+    board.post([msgspec.structs.replace(alert, reason="counts", offender=offender)])
+    article = page.locator("article").first
+    article.wait_for()
+    assert f"The block ended with 9 × {HOSTILE} ({HOSTILE}), 2 × <OTHER>" in article.inner_text()  # noqa: RUF001
+    assert f"Expected instead: 1 × {HOSTILE}, 0 × <OTHER>" in article.inner_text()  # noqa: RUF001
+    assert page.evaluate("window.hacked") is None
 
 
 def test_the_page_follows_the_systems_colours_and_can_be_paused(page, board):
