@@ -128,7 +128,7 @@ def test_a_block_of_unusual_counts_is_shown_with_them(scorer, tmp_path):
     with torch.no_grad():
         network.bias[END] = 3  # it may end anywhere: what is left are the counts
     sessions = [Session(f"s{number}", ("a", "b")) for number in range(30)]
-    teach(network.tally, [scorer.bundle.vocabulary.encode(session.events) for session in sessions], 1)
+    teach(network.tally, [scorer.bundle.vocabulary.encode(session.events) for session in sessions], 1, 500)
     sessions.append(Session("odd", ("a", "a", "a", "a", "a", "b", "new<b>", HOSTILE)))
     counting = Scorer(Bundle(network, scorer.bundle.vocabulary))
     scores = block_scores(sessions, counting, every=1)

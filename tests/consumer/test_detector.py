@@ -189,7 +189,7 @@ def test_a_block_of_unusual_counts_says_which(scorer, make_threshold):
     network.load_state_dict(scorer.bundle.network.state_dict(), strict=False)
     network.bias.data[END] = 3  # it may end anywhere: what is left are the counts
     tokens = scorer.bundle.vocabulary.encode("aab")
-    teach(network.tally, [tokens] * 30, 1)
+    teach(network.tally, [tokens] * 30, 1, 500)
     bundle = Bundle(network, Vocabulary(scorer.bundle.vocabulary.events, {"b": "template of b"}))
     events = [("X", "a", 0), ("X", "a", 1), ("X", "b", 2), ("X", "b", 3), ("X", "b", 4), ("X", None, 5)]
     *_, alert = run(Scorer(bundle), make_threshold(0.0), events)

@@ -141,7 +141,7 @@ def test_more_distinct_counts_than_fit_into_a_step_are_learnt_too():
     random = np.random.default_rng(0)
     sessions = [np.repeat([A, B, C], [*random.integers(0, 12, 2), 5]).tolist() for _ in range(2000)]
     tally = Tally(VOCABULARY, 4, 40)
-    teach(tally, sessions, 1)
+    teach(tally, sessions, 1, 1000)
     assert tally.excess(torch.cat([window(*session, length=40) for session in sessions])).median() == 0
     assert tally.excess(window(*[C] * 4)) > 2
     assert tally.excess(window(*[C] * 5, D)) > 2
