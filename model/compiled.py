@@ -3,10 +3,8 @@
 It computes what `Autoencoder.forward` computes, in float32, from the same weights. Many windows go through together
 as (feature, token) arrays, so that a linear layer is one matrix product for all of them. Windows of one length lie
 side by side, token by token: the key that is r places further on is then, for all their tokens, the column a fixed
-distance away, and attention is long plain loops, too. What a trained network no longer needs is gone: gains and
-shifts of the normalisations and the scale of attention are folded into the weights behind them, the keys' bias
-cancels in the softmax, and the values' bias passes through it. The first layer's queries, keys and values depend on
-a token and its place only, and come from a table. Only the tally of the few windows that are closed is torch's.
+distance away, and attention is long plain loops, too. The first layer's queries, keys and values depend on a token
+and its place only, and come from a table. Only the tally of the few windows that are closed is torch's.
 """
 
 import copy
@@ -20,9 +18,10 @@ from numba import config
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from model.folded import folded
 from model.jit import njit
 from model.network import Autoencoder
-from model.vocabulary import END
+from model.vocabulary import BOS, END
 
 Floats = NDArray[np.float32]
 
@@ -80,7 +79,7 @@ class CompiledNetwork:
     """The network on the CPU cores that numba may use; compiled when this is made, or read from a cache on disk."""
 
     def __init__(self, network: Autoencoder) -> None:
-        self._weights = _folded(network)
+        self._weights = _laid_out(network)
         self._tally = copy.deepcopy(network.tally)
         self._heads = network.shape.heads
         self._tile = min(_TILE, _LOGITS // network.shape.vocabulary)
@@ -90,10 +89,13 @@ class CompiledNetwork:
         self.surprisals(np.ones((1, 1), np.uint16), np.ones(1, np.int64))
 
     def surprisals(self, rows: NDArray[np.uint16], lengths: NDArray[np.int64]) -> Floats:
-        """Return the surprisal, in nats, of the first `lengths` (N,) tokens of `rows` (N, L); 0 behind them."""
+        """Return the surprisal, in nats, of the first `lengths` (N,) tokens of `rows` (N, L).
+
+        It is -inf behind them, and for BOS.
+        """
         rows, order = np.ascontiguousarray(rows), np.argsort(lengths, kind="stable")
         threads = max(1, min(self._threads, len(rows) // _SHARE))
-        found = np.zeros(rows.shape, np.float32)
+        found = np.full(rows.shape, -np.inf, np.float32)
 
         def forward(share: NDArray[np.int64]) -> None:
             if len(share):
@@ -109,32 +111,20 @@ class CompiledNetwork:
         return found
 
 
-def _folded(network: Autoencoder) -> Weights:
-    """Fold what is constant after training into the matrices next to it, in float64."""
-    state = {name: weight.detach().cpu().double().numpy() for name, weight in network.state_dict().items()}
-    width, heads = network.shape.width, network.shape.heads
-    layers = []
-    for layer in range(network.shape.layers):
-        own = {name.removeprefix(f"layers.{layer}."): weight for name, weight in state.items()}
-        qkv = own["attention.qkv.weight"] * own["norm_attention.weight"]
-        bias = own["attention.qkv.bias"] + own["attention.qkv.weight"] @ own["norm_attention.bias"]
-        scale = (width // heads) ** -0.5
-        qkv[:width] *= scale
-        out, up = own["attention.out.weight"], own["feedforward.0.weight"]
-        out_bias = own["attention.out.bias"] + out @ bias[2 * width :]
-        up_bias = own["feedforward.0.bias"] + up @ own["norm_feedforward.bias"]
-        up = up * own["norm_feedforward.weight"]
-        down, down_bias = own["feedforward.2.weight"], own["feedforward.2.bias"]
-        layers.append((qkv, bias[:width] * scale, out, out_bias, up, up_bias, down, down_bias))
-    token, position = state["token.weight"], state["position.weight"]
+def _laid_out(network: Autoencoder) -> Weights:
+    weights = folded(network)
+    width = network.shape.width
     table = np.empty((3 * width, 0))
-    if len(token) * len(position) <= _ENTRIES:
-        x = (token[:, None] + position).reshape(-1, width)  # (V P, D)
+    if len(weights.token) * len(weights.position) <= _ENTRIES:
+        x = (weights.token[:, None] + weights.position).reshape(-1, width)  # (V P, D)
         x -= x.mean(axis=1, keepdims=True)
-        table = layers[0][0] @ (x / np.sqrt(x.var(axis=1, keepdims=True) + float(_EPSILON))).T
-    parts = [token.T, position.T, table, *map(np.stack, zip(*layers, strict=True))]
-    parts += [token * state["norm.weight"], state["bias"] + token @ state["norm.bias"]]
-    return Weights(*(np.ascontiguousarray(part, np.float32) for part in parts))
+        table = weights.qkv[0] @ (x / np.sqrt(x.var(axis=1, keepdims=True) + float(_EPSILON))).T
+    parts = weights._replace(token=weights.token.T, position=weights.position.T)._asdict()
+    return Weights(table=_contiguous(table), **{name: _contiguous(part) for name, part in parts.items()})
+
+
+def _contiguous(values: NDArray[np.float64]) -> Floats:
+    return np.ascontiguousarray(values, np.float32)
 
 
 @_inline
@@ -341,4 +331,5 @@ def _forward(rows, lengths, share, weights, heads, tile, found):
         np.dot(weights.logits, y, logits)
         _surprise(logits, weights.logits_bias, tokens, mean[:count], scale[:count])
         for t in range(count):
-            found[owners[t], places[t]] = scale[t]
+            if tokens[t] != BOS:
+                found[owners[t], places[t]] = scale[t]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.tally import Tally
-from model.vocabulary import PAD
+from model.vocabulary import BOS, END, PAD
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,21 @@ class Autoencoder(nn.Module):
         return F.linear(self.norm(x), self.token.weight, self.bias)  # (B, L, V)
 
     def surprisals(self, tokens: Tensor) -> Tensor:
-        """Return the surprisal of each token of windows (B, L), in nats: (B, L); that of END with `closing`."""
+        """Return the surprisal of each token of windows (B, L), in nats: (B, L), -inf for BOS and PAD.
+
+        That of END is with `closing`.
+        """
         logp = F.log_softmax(self(tokens), -1)  # (B, L, V)
-        return -logp.gather(2, tokens[:, :, None])[:, :, 0] + self.closing(tokens)
+        surprisal = -logp.gather(2, tokens[:, :, None])[:, :, 0] + self.closing(tokens)  # (B, L)
+        return surprisal.masked_fill((tokens == BOS) | (tokens == PAD), -torch.inf)
 
     def closing(self, tokens: Tensor) -> Tensor:
         """Return what the counts of windows (B, L) add to END's surprisal, in nats: (B, L), 0 elsewhere."""
-        if self.tally is None:
-            return torch.zeros(tokens.shape, dtype=self.bias.dtype, device=tokens.device)
-        return self.tally.closing(tokens)
+        added = torch.zeros(tokens.shape, dtype=self.bias.dtype, device=tokens.device)  # (B, L)
+        if self.tally is not None:
+            ended = (tokens == END).any(1).nonzero()[:, 0]  # (E,): few windows are closed
+            added[ended] = self.tally.closing(tokens[ended])
+        return added
 
     @property
     def parameter_count(self) -> int:

@@ -1,7 +1,7 @@
 """From windows to surprisals to scores.
 
-Two precisions, one meaning. `screen` runs on the device in float32, for speed (on the CPU through
-`model.compiled`, elsewhere through torch); its result may move in the last digits with the batch it ran in. `exact`
+Two precisions, one meaning. `screen` runs on the device in float32, for speed (on the CPU through `model.compiled`, on
+a CUDA device through `model.fused`); its result may move in the last digits with the batch it ran in. `exact`
 runs in float64 on the CPU and rounds to `GRID`, which is far coarser than float64's noise: the same window has the
 same exact score in every batch, on every machine. Whoever compares a score with a threshold uses the exact one;
 screening only says which windows are far below it.
@@ -10,6 +10,7 @@ screening only says which windows are far below it.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,7 +23,10 @@ from model.compiled import CompiledNetwork
 from model.config import Strategy
 from model.network import Autoencoder
 from model.tally import Tallied, Tally
-from model.vocabulary import BOS, PAD
+from model.vocabulary import PAD
+
+if TYPE_CHECKING:
+    from model.fused import FusedNetwork
 
 Rows = NDArray[np.uint16]
 """Looks as the network sees them: (N, window + 2) of BOS, events, END when closed, PAD."""
@@ -45,6 +49,9 @@ EXPECTED = 3
 
 COUNTED = 3
 """How many counts it names."""
+
+_PART = 2**16
+"""Looks that are screened at a time: a device works on a part while the next one is made ready for it."""
 
 _BUCKETS = (8, 12, 16, 20, 24, 32, 40)
 _CELLS_CPU = 16_384
@@ -84,20 +91,19 @@ class Scorer:
         self.bundle = bundle
         self.strategy = strategy
         self.device = device or torch.device("cpu")
-        self._fast = (
-            CompiledNetwork(bundle.network)
-            if self.device.type == "cpu"
-            else copy.deepcopy(bundle.network).to(self.device).eval()
-        )
+        self._fast = _fast(bundle.network, self.device)
         self._exact = copy.deepcopy(bundle.network).double().eval()
 
     def screen(self, rows: Rows) -> NDArray[np.float64]:
         """Return the scores of `rows` to within `SCREEN_MARGIN`: (N,) in nats."""
-        if not isinstance(self._fast, CompiledNetwork):
+        if isinstance(self._fast, Autoencoder):
             return self._scores(self._fast, rows)
-        surprisal = self._fast.surprisals(rows, (rows != PAD).sum(axis=1))  # (N, L)
-        real = (rows != PAD) & (rows != BOS)  # (N, L)
-        return _pool(torch.from_numpy(surprisal), torch.from_numpy(real), self.strategy).double().numpy()
+        scores = []
+        for first in range(0, len(rows), _PART):
+            part = rows[first : first + _PART]
+            surprisal = torch.as_tensor(self._fast.surprisals(part, (part != PAD).sum(axis=1)))  # (N, L)
+            scores.append(_pool(surprisal, self.strategy))
+        return torch.cat(scores).double().cpu().numpy() if scores else np.empty(0)  # the only wait for the device
 
     def exact(self, rows: Rows) -> NDArray[np.float64]:
         """Return the exact scores of `rows`: (N,) in nats, on the grid."""
@@ -112,7 +118,7 @@ class Scorer:
         closing = self._exact.closing(tokens)[0, 1:]  # (L - 1,)
         surprisal = own + closing
         offender = int(surprisal.argmax())
-        score = _pool(surprisal[None], torch.ones(1, len(surprisal), dtype=torch.bool), self.strategy)
+        score = _pool(surprisal[None], self.strategy)
         tally = self._exact.tally
         there = logp[1 + offender].argmax() == tokens[0, 1 + offender]
         by_counts = tally is not None and bool(there) and closing[offender] > own[offender]
@@ -127,23 +133,25 @@ class Scorer:
     @torch.inference_mode()
     def _scores(self, network: Autoencoder, rows: Rows) -> NDArray[np.float64]:
         device = next(network.parameters()).device
-        on_cuda = device.type == "cuda"
         cells = _CELLS_CPU if device.type == "cpu" else _CELLS_ACCELERATOR
         cells = min(cells, _LOGITS // self.bundle.network.shape.vocabulary)
-        places, found = [], []
+        scores = torch.empty(len(rows), dtype=torch.float64)
         for chosen, length in _batches(rows, cells):
-            tokens = torch.from_numpy(rows[chosen, :length].astype(np.int32))  # (B, L)
-            if on_cuda:  # from pinned memory the copy overlaps with the pass before it
-                tokens = tokens.pin_memory()
-            tokens = tokens.to(device, non_blocking=on_cuda).long()
-            surprisal = network.surprisals(tokens)  # (B, L)
-            real = (tokens != PAD) & (tokens != BOS)  # (B, L)
-            places.append(chosen)
-            found.append(_pool(surprisal, real, self.strategy))
-        scores = np.empty(len(rows))
-        if found:  # one wait for the device, after all passes are under way
-            scores[np.concatenate(places)] = torch.cat(found).cpu().numpy()
-        return scores
+            tokens = torch.from_numpy(rows[chosen, :length].astype(np.int64)).to(device)  # (B, L)
+            scores[chosen] = _pool(network.surprisals(tokens), self.strategy).double().cpu()
+        return scores.numpy()
+
+
+def _fast(network: Autoencoder, device: torch.device) -> "CompiledNetwork | FusedNetwork | Autoencoder":
+    """Return the quickest form of the network that there is for the device."""
+    if device.type == "cpu":
+        return CompiledNetwork(network)
+    if device.type == "cuda":
+        from model.fused import FusedNetwork  # noqa: PLC0415 - Triton comes with torch for CUDA only
+
+        if FusedNetwork.fits(network.shape):
+            return FusedNetwork(network, device)
+    return copy.deepcopy(network).to(device).eval()
 
 
 def on_grid(values: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -163,14 +171,12 @@ def _counts(tally: Tally, tokens: Tensor) -> tuple[Tallied, ...]:
     )
 
 
-def _pool(surprisal: Tensor, real: Tensor, strategy: Strategy) -> Tensor:
-    """Turn surprisals (B, L) of the `real` tokens into scores (B,)."""
+def _pool(surprisal: Tensor, strategy: Strategy) -> Tensor:
+    """Turn surprisals (B, L), -inf where there are none, into scores (B,)."""
     if strategy == "max":
-        return surprisal.masked_fill(~real, -torch.inf).amax(1)
-    if strategy == "mean":
-        return surprisal.masked_fill(~real, 0).sum(1) / real.sum(1)
-    best = surprisal.masked_fill(~real, -torch.inf).topk(min(TOPK, surprisal.shape[1]), dim=1).values  # (B, K)
-    there = best > -torch.inf
+        return surprisal.amax(1)
+    best = surprisal if strategy == "mean" else surprisal.topk(min(TOPK, surprisal.shape[1]), dim=1).values  # (B, K)
+    there = best > -torch.inf  # (B, K)
     return best.masked_fill(~there, 0).sum(1) / there.sum(1)
 
 

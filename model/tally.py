@@ -31,8 +31,8 @@ STEPS = 3000
 
 _CHAINS, _WIDTH, _HIDDEN = 4, 8, 16
 _BATCH = 256
-_CELLS = 2**14
-"""Counts that are judged at a time: some 40 MB, twice as much in float64."""
+_CELLS_CPU, _CELLS_ACCELERATOR = 2**14, 2**19
+"""Counts that are judged at a time: some 40 MB, twice as much in float64; elsewhere starting takes longer than that."""
 
 _ROOT = 4
 """Distinct counts are learnt in proportion to the fourth root of their frequency: rare ones are what it is about."""
@@ -111,19 +111,15 @@ class Tally(nn.Module):
         return _surprisals(self(counts), counts)
 
     def closing(self, tokens: Tensor) -> Tensor:
-        """Return what END has of `excess` in windows (B, L), closed or not, in nats: (B, L), 0 elsewhere."""
-        ended = tokens == END  # (B, L)
-        # Few windows are closed; but to ask which ones would wait for an accelerator.
-        rows = ended.any(1).nonzero()[:, 0] if tokens.device.type == "cpu" else slice(None)
-        added = torch.zeros(tokens.shape, dtype=self.bias.dtype, device=tokens.device)  # (B, L)
-        added[rows] = self.excess(tokens[rows])[:, None].masked_fill(~ended[rows], 0)  # (E, L)
-        return added
+        """Return what END has of `excess` in closed windows (B, L), in nats: (B, L), 0 elsewhere."""
+        return self.excess(tokens)[:, None].masked_fill(tokens != END, 0)
 
     def excess(self, tokens: Tensor) -> Tensor:
         """Return by how much the counts of closed windows (B, L) are above their allowance, in nats: (B,)."""
         if not len(tokens):
             return torch.zeros(0, dtype=self.bias.dtype, device=tokens.device)
-        parts = self.counts(tokens).split(max(1, _CELLS // self.kinds))
+        cells = _CELLS_CPU if tokens.device.type == "cpu" else _CELLS_ACCELERATOR
+        parts = self.counts(tokens).split(max(1, cells // self.kinds))
         surprisal = torch.cat([self.surprisals(part).sum(1) for part in parts])  # (B,)
         whole = (self.column[tokens] < self.kinds).sum(1) < self.window  # (B,)
         return (surprisal - self.allowance).clamp(min=0) * whole
