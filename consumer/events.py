@@ -189,9 +189,10 @@ class Decoder:
 
     def decode(self, messages: Messages) -> tuple[EventBatch, list[Refused]]:
         """Return the events and tombstones among `messages`, and what else there was."""
-        values = Names.of(value or b"" for value in messages.values)
-        keys = Names.of(key or b"" for key in messages.keys)
-        keys.size[[place for place, key in enumerate(messages.keys) if key is None]] = NO_KEY
+        values = Names.of([value or b"" for value in messages.values])
+        keys = Names.of([key or b"" for key in messages.keys])
+        if None in messages.keys:
+            keys.size[[place for place, key in enumerate(messages.keys) if key is None]] = NO_KEY
         places, times = np.zeros((len(values), 2, 2), np.int64), np.zeros(len(values), np.int64)
         plain = parse(
             values.data, values.begin, values.size, keys.data, keys.begin, keys.size,

@@ -60,6 +60,10 @@ LOOK = np.dtype(
     ]
 )
 
+_inline = njit(cache=True, inline="always")
+"""For what is handed views of a row: were it called, references to each array would be counted at each look, which took
+half of the time."""
+
 
 class Pages(NamedTuple):
     """P pages of events, chained."""
@@ -204,7 +208,7 @@ def append(sessions, window, slot, token, offset, time):
         roster[FREE_PAGE] = first
 
 
-@njit(cache=True)
+@_inline
 def read(sessions, window, slot, tokens, offsets, times):
     """Write the window of a session, the oldest event first, into arrays (window,); return its length."""
     session, pages = sessions.rows[slot], sessions.pages
@@ -279,7 +283,7 @@ def _unlink(rows, roster, slot):
     roster[LISTED] -= 1
 
 
-@njit(cache=True)
+@_inline
 def _look(sessions, window, slot, closing, evicted, looks, at):
     """Write the look at `slot` into place `at` of the look columns."""
     session = sessions.rows[slot]
