@@ -26,7 +26,10 @@ if DEVICE.type == "cpu":
 from model.fused import FusedNetwork  # noqa: E402
 
 # (vocabulary, window, width, heads, layers, feedforward, tallied): heads of 1 to 16 numbers, odd sizes, 1 to 3 layers
-SHAPES = [(19, 50, 64, 4, 2, 128, 64), (7, 3, 6, 2, 1, 5, 0), (70, 9, 5, 5, 3, 4, 7), (5000, 12, 16, 1, 1, 8, 2)]
+SHAPES = [
+    (19, 50, 64, 4, 2, 128, 64), (7, 3, 6, 2, 1, 5, 0), (70, 9, 5, 5, 3, 4, 7), (5000, 12, 16, 1, 1, 8, 2),
+    (12, 100, 12, 3, 1, 20, 3),
+]  # fmt: skip
 
 
 def network(shape):
@@ -107,7 +110,7 @@ def test_a_window_that_does_not_fit_into_a_tile_does_not_fit():
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no CUDA device")
-@pytest.mark.parametrize(("window", "strategy"), [(50, "max"), (50, "topk"), (150, "mean")])
+@pytest.mark.parametrize(("window", "strategy"), [(50, "max"), (50, "topk"), (100, "max"), (150, "mean")])
 def test_a_cuda_device_screens_as_the_cpu_does(window, strategy):
     bundle = Bundle(network((19, window, 64, 4, 2, 128, 8)), Vocabulary(tuple("abcdefghijklmno")))
     random = np.random.default_rng(0)
