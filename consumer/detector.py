@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from consumer.alerts import (
     alert_id,
     fitting,
 )
-from consumer.drift import EDGES, Drift, DriftTest, judge_id, levels
+from consumer.drift import EDGES, Drift, DriftTest, draws, judge_id, levels
 from consumer.events import EventBatch
 from consumer.records import DriftState, StoredSessions
 from consumer.scores import LookScores
@@ -224,15 +224,18 @@ class Detector:
         return alerts
 
     def _judge(self, number: int, looks: Looks, scores: NDArray[np.float64]) -> Iterator[Alert]:
-        partition = self._partitions[number]
+        partition, facts = self._partitions[number], looks.facts
         hot = scores > self._threshold.threshold
         level = levels(scores)
         self.levels += np.bincount(level, minlength=len(self.levels))
         highest = partition.store.rise(looks, level)
-        for place in np.flatnonzero(hot | looks.facts["closing"]).tolist():
-            slot = int(looks.facts["slot"][place])
+        alerted = np.zeros(len(looks), np.bool_)  # at closing looks: whether the session ever did
+        watched = 0
+        places = np.flatnonzero(hot | facts["closing"])
+        columns = (places, facts["slot"][places], hot[places], facts["closing"][places])
+        for place, slot, is_hot, closing in zip(*(column.tolist() for column in columns), strict=True):
             before = partition.alerted.get(slot)
-            if hot[place] and (before is None or scores[place] > before.score):
+            if is_hot and (before is None or scores[place] > before.score):
                 why = self._scores.explain(looks, place)
                 position = _position(looks, place, why)
                 graver = before is not None and self._threshold.rank(why.score) > self._threshold.rank(before.score)
@@ -240,22 +243,30 @@ class Detector:
                     revision = before.revision + 1 if before else 1
                     partition.alerted[slot] = Alerted(revision, why.score, position)
                     partition.news.add(slot)
+                    # An alert says whether there is drift by then.
+                    self._watch(number, facts[watched:place], highest[watched:place], alerted[watched:place])
+                    watched = place
                     yield self._alert(number, looks, place, why, revision)
-            if looks.facts["closing"][place]:
-                said = partition.alerted.pop(slot, None)
-                self._watch(number, looks.facts[place], int(highest[place]), alerted=said is not None)
+            if closing and partition.alerted.pop(slot, None) is not None:
+                alerted[place] = True
+        self._watch(number, facts[watched:], highest[watched:], alerted[watched:])
 
-    def _watch(self, number: int, fact: np.void, level: int, *, alerted: bool) -> None:
-        """Let the test for drift see a session that closed, if it was judged by today's artifacts all its life."""
+    def _watch(self, number: int, facts: NDArray[Any], highest: NDArray[np.uint8], alerted: NDArray[np.bool_]) -> None:
+        """Let the test for drift see the sessions that closed at looks (N,).
+
+        Of these only sessions count that were judged by today's artifacts all their life.
+        """
         partition = self._partitions[number]
-        first = int(fact["first_offset"])
-        if not self._watches_drift or first < partition.drift.state.since:
+        drift = partition.drift
+        if not self._watches_drift or drift.alarm is not None:
             return
-        place = f"{first}\0{partition.store.block(int(fact['slot']))}"
-        if partition.drift.alarm is None:
-            partition.drift_is_news = True
-        if partition.drift.take(level, alerted=alerted, place=place):
-            self.alarms.append((number, partition.drift.state))
+        seen = np.flatnonzero(facts["closing"] & (facts["first_offset"] >= drift.state.since))
+        if not len(seen):
+            return
+        partition.drift_is_news = True
+        blocks = partition.store.names(facts["slot"][seen])
+        if drift.take(highest[seen], alerted[seen], draws(blocks, facts["first_offset"][seen])):
+            self.alarms.append((number, drift.state))
 
     def _alert(self, number: int, looks: Looks, place: int, why: Explanation, revision: int) -> Alert:
         fact = looks.facts[place]

@@ -20,7 +20,7 @@ Nouretdinov et al., Retrain or not retrain: conformal test martingales for chang
 time does not make it slow. A mean over several fixed bets is such an R as well.
 
 No clock and no chance: ties are broken by a hash of the block's place, so the answer is a function of the partition's
-events, whatever batches, instances and restarts.
+events, whatever batches, instances and restarts. For the same reason sums are added up block by block.
 """
 
 import hashlib
@@ -30,9 +30,11 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
+from consumer.names import Names, digest_of, mix
 from consumer.records import DriftState, Question
 from consumer.settings import DriftSettings
 from consumer.threshold import Threshold
+from model.jit import njit
 
 EDGES: NDArray[np.float64] = np.round(2.0 ** (np.arange(-24, 25) / 4), 4) + 5e-5
 """Where one score level ends and the next begins, in nats: quarter octaves from 1/64 to 64, half-way between the grid
@@ -73,7 +75,7 @@ class DriftTest:
         reference = np.bincount(levels(scores[silent]), np.array(threshold.counts)[silent], len(EDGES) + 1)
         # The threshold is the highest of them by its making, so that one is no draw like the others.
         reference[levels(np.array([threshold.threshold]))] -= 1
-        self.reference: list[int] = np.maximum(reference, 0).astype(int).tolist()
+        self.reference = np.maximum(reference, 0).astype(np.int64)
         self.rate = min(1.0, threshold.bound + settings.failing_share)
         self.batch = settings.batch
         self.limit = 2.0 * settings.false_alarm_every / settings.batch  # 2: so that both questions keep the promise
@@ -87,12 +89,6 @@ class DriftTest:
         """Return the factors with which a batch multiplies each R of `body`, by its mean deviations."""
         return [1 + factor * tilt for factor in _TILTS] + [1 + factor * spread for factor in _SPREADS]
 
-    @staticmethod
-    def deviation(p_value: float) -> tuple[float, float]:
-        """Return how far a p-value is to one side, and how far from the middle; both are 0 on average if uniform."""
-        off = p_value - 0.5
-        return off, 12 * off * off - 1
-
 
 class Drift:
     """The test of one partition. `state` is all that it knows, and is what a successor goes on with."""
@@ -103,8 +99,7 @@ class Drift:
         state.counts = state.counts or [0] * len(test.reference)
         state.tail = state.tail or [0.0] * len(_STAKES)
         state.body = state.body or [0.0] * (len(_TILTS) + len(_SPREADS))
-        self._counts = [sum(pair) for pair in zip(test.reference, state.counts, strict=True)]
-        self._total = sum(self._counts)
+        self._counts = test.reference + np.array(state.counts, np.int64)
 
     @property
     def alarm(self) -> Question | None:
@@ -115,29 +110,31 @@ class Drift:
         """Return how far each question is on its way to an alarm, which comes at 1."""
         return {"tail": self._mean(self.state.tail), "body": self._mean(self.state.body)}
 
-    def take(self, level: int, *, alerted: bool, place: str) -> bool:
-        """Take in a block that closed; say whether that raised the alarm. After an alarm nothing changes any more.
+    def take(self, levels: NDArray[np.uint8], alerted: NDArray[np.bool_], draws: NDArray[np.float64]) -> bool:
+        """Take in blocks that closed; say whether one raised the alarm. After an alarm nothing changes any more.
 
         Args:
-            level: of its highest score.
-            alerted: whether it ever alerted.
-            place: what tells it from every other block of the partition; breaks ties.
+            levels: (N,) of the highest score of each, in the order in which they closed.
+            alerted: (N,) whether it ever alerted.
+            draws: (N,) in [0, 1), which break ties; see `draws`.
         """
-        state = self.state
-        if state.alarm:
-            return False
-        state.blocks += 1
-        if alerted:
-            state.alerting += 1
-            state.batch_alerting += 1
-        else:
-            state.counts[level] += 1
-            tilt, spread = self._test.deviation(self._p_value(level, place))
-            state.batch_tilt += tilt
-            state.batch_spread += spread
-        if state.blocks % self._test.batch == 0:
-            self._end_batch()
-        return state.alarm is not None
+        state, size = self.state, self._test.batch
+        begin = 0
+        while begin < len(levels) and state.alarm is None:
+            end = min(len(levels), begin + size - state.blocks % size)
+            part = slice(begin, end)
+            state.batch_tilt, state.batch_spread = _count_in(
+                self._counts, levels[part], alerted[part], draws[part], state.batch_tilt, state.batch_spread
+            )
+            alerting = int(np.count_nonzero(alerted[part]))
+            state.blocks += end - begin
+            state.alerting += alerting
+            state.batch_alerting += alerting
+            if state.blocks % size == 0:
+                self._end_batch()
+            begin = end
+        state.counts = (self._counts - self._test.reference).tolist()
+        return begin > 0 and state.alarm is not None
 
     def _end_batch(self) -> None:
         state, size = self.state, self._test.batch
@@ -151,12 +148,6 @@ class Drift:
         evidence = self.evidence()
         state.alarm = next((question for question in evidence if evidence[question] >= 1), None)
 
-    def _p_value(self, level: int, place: str) -> float:
-        """Count the block in and return its smoothed conformal p-value."""
-        self._counts[level] += 1
-        self._total += 1
-        return (sum(self._counts[level + 1 :]) + _uniform(place) * self._counts[level]) / self._total
-
     def _mean(self, gathered: list[float]) -> float:
         return sum(gathered) / len(gathered) / self._test.limit
 
@@ -165,10 +156,42 @@ def _gathered(evidence: list[float], bets: list[float]) -> list[float]:
     return [(1 + before) * bet for before, bet in zip(evidence, bets, strict=True)]
 
 
-def _uniform(place: str) -> float:
-    """Return a number in [0, 1) that is as good as random and always the same."""
-    digest = hashlib.blake2b(place.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / 2.0**53
+def draws(blocks: Names, first_offsets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return for each block (N,), of that name and first offset, a number in [0, 1).
+
+    As good as random, and always the same. Nothing secret is in it, unlike in the hashes of an index.
+    """
+    drawn = np.empty(len(blocks))
+    _draw(*blocks.columns(), first_offsets, drawn)
+    return drawn
+
+
+@njit(cache=True)
+def _draw(data, begins, sizes, first_offsets, drawn):
+    for i in range(len(begins)):
+        digest = mix(digest_of(data, begins[i], sizes[i], 0), first_offsets[i])
+        drawn[i] = np.float64(digest >> np.uint64(11)) / 2.0**53
+
+
+@njit(cache=True)
+def _count_in(counts, levels, alerted, draws, tilt, spread):
+    """Count silent blocks in, one by one, and add the deviations of their p-values to the sums; return these."""
+    for i in range(len(levels)):
+        if not alerted[i]:
+            level = levels[i]
+            counts[level] += 1
+            # The smoothed conformal p-value.
+            aside, apart = deviation((counts[level + 1 :].sum() + draws[i] * counts[level]) / counts.sum())
+            tilt += aside
+            spread += apart
+    return tilt, spread
+
+
+@njit(cache=True)
+def deviation(p_value):
+    """Return how far a p-value is to one side, and how far from the middle; both are 0 on average if uniform."""
+    off = p_value - 0.5
+    return off, 12 * off * off - 1
 
 
 def judge_id(threshold: Threshold, settings: DriftSettings) -> bytes:

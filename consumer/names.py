@@ -59,6 +59,12 @@ class Names:
         """Return some of the strings; the buffer is shared."""
         return Names(self.data, self.begin[rows], self.size[rows])
 
+    def columns(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+        """Return data, begin and size, always of one type each, for which loops over names are compiled once."""
+        data = self.data.view()
+        data.flags.writeable = False
+        return data, np.ascontiguousarray(self.begin, np.int64), np.ascontiguousarray(self.size, np.int64)
+
 
 class _Table(NamedTuple):
     entries: NDArray[np.int32]  # (C, 2) a slot, or NONE; its name's hash, whose low bits say where it belongs
@@ -102,10 +108,7 @@ class NameIndex:
         """Return the slot of each name (N,); one that has none is given one where `add` (N,) says so."""
         self._make_room(int(np.count_nonzero(add)), int(names.size[add].sum()))
         slots = np.empty(len(names), np.int32)
-        data = names.data.view()
-        data.flags.writeable = False  # so that all names are of one type, for which the loop is compiled
-        begin, size = (np.ascontiguousarray(column, np.int64) for column in (names.begin, names.size))
-        _locate(self._table, data, begin, size, add, slots)
+        _locate(self._table, *names.columns(), add, slots)
         return slots
 
     def name(self, slot: int) -> bytes:
@@ -249,7 +252,12 @@ def _move_names(table, old):
 
 @njit(cache=True)
 def _hash(data, begin, size, seed):
-    """Hash a string, eight bytes a round."""
+    return np.int32(digest_of(data, begin, size, seed) & np.uint64(0xFFFFFFFF))
+
+
+@njit(cache=True)
+def digest_of(data, begin, size, seed):
+    """Hash a string to 64 bits, eight bytes a round."""
     digest = np.uint64(seed) ^ np.uint64(size)
     word = np.uint64(0)
     for k in range(size):
@@ -257,7 +265,7 @@ def _hash(data, begin, size, seed):
         if k & 7 == 7 or k == size - 1:
             digest = mix(digest, word)
             word = np.uint64(0)
-    return np.int32(digest & np.uint64(0xFFFFFFFF))
+    return digest
 
 
 @njit(cache=True, inline="always")

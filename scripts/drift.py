@@ -21,8 +21,9 @@ from rich.table import Table
 from calibration.block_scores import block_scores
 from consumer.artifacts import Artifacts
 from consumer.detector import Detector
-from consumer.drift import Drift, DriftTest, judge_id, levels
+from consumer.drift import Drift, DriftTest, draws, judge_id, levels
 from consumer.events import TOMBSTONE, EventBatch
+from consumer.names import Names
 from consumer.records import DriftState
 from consumer.settings import Settings, load_settings
 from model.cli import argument_parser, console, progress_bar, run
@@ -211,12 +212,13 @@ class _Trial:
 
     def _feed(self, drift: Drift, scores: Scores, salt: str) -> float:
         """Take in blocks up to an alarm; return the highest evidence."""
+        level, alerted = levels(scores), scores > self._limit
+        drawn = draws(Names.of([salt.encode()] * len(scores)), np.arange(len(scores)))
         highest = 0.0
-        for place, (level, alerted) in enumerate(zip(levels(scores).tolist(), scores > self._limit, strict=True)):
-            alarmed = drift.take(level, alerted=bool(alerted), place=f"{salt}/{place}")
+        for begin in range(0, len(scores), self._test.batch):  # evidence changes once in as many blocks
+            some = slice(begin, begin + self._test.batch)
+            drift.take(level[some], alerted[some], drawn[some])
             highest = max(highest, *drift.evidence().values())
-            if alarmed:
-                break
         return highest
 
 

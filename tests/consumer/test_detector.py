@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from consumer.alerts import fitting, schema
 from consumer.detector import Detector
+from consumer.drift import Drift, draws, levels
 from consumer.events import TOMBSTONE, EventBatch
+from consumer.names import Names
 from consumer.records import DriftState, StoredSessions
 from consumer.settings import DriftSettings
 from model.bundle import Bundle
@@ -78,33 +80,61 @@ def test_batch_cuts_and_cache_size_change_no_byte_of_any_alert(scorer, make_thre
 @settings(max_examples=60, deadline=None)
 @given(stream, st.floats(0, 3), st.floats(0, 1), st.floats(0, 1))
 def test_alerts_are_those_of_a_plain_reading_of_the_rules(scorer, make_threshold, events, limit, major, critical):
-    """One look at a time, scored alone: nothing shared with the detector but the network."""
     levels = {"minor": limit, "major": limit + major, "critical": limit + major + critical}
     threshold = make_threshold(levels["minor"], idle_timeout_ms=10**6, **dict(list(levels.items())[1:]))
-    found = [(alert.block_id, alert.revision, alert.offender.position, alert.score, alert.severity, alert.reason)
-             for alert in run(scorer, threshold, events)]  # fmt: skip
+    assert_read_plainly(scorer, threshold, events)
+
+
+@pytest.mark.parametrize(("limit", "drift_at"), [(1.5, np.inf), (3.0, np.inf), (1.5, 50.0), (2.0, 300.0)])
+def test_drift_is_that_of_one_closed_block_after_the_other(varied_scorer, make_threshold, limit, drift_at):
+    """Wherever alerts come between them; a block's next sessions are among them, and many that never alert."""
+    random = np.random.default_rng(3)
+    events = [(f"b{random.integers(4)}", NAMES[min(4, random.geometric(0.5) - 1)] if random.random() < 0.8 else None, 0)
+              for _ in range(1000)]  # fmt: skip
+    drift = assert_read_plainly(varied_scorer, make_threshold(limit, idle_timeout_ms=10**6), events, drift_at)
+    assert (drift.alarm is None) == np.isinf(drift_at)
+    assert 10 < drift.state.alerting < drift.state.blocks - 10
+
+
+def assert_read_plainly(scorer, threshold, events, drift_at=3.0):
+    """Compare with one look at a time, scored alone: nothing shared but the network and the test for drift.
+
+    That raises the alarm at so much evidence; return it.
+    """
+    detector = Detector(scorer, threshold, topic="logs", cache_windows=1000, drift=TOUCHY)
+    detector._drift.limit = drift_at
+    detector.assign(3)
+    found = [(alert.block_id, alert.revision, alert.offender.position, alert.score, alert.severity, alert.reason,
+              alert.drift) for alert in detector.process({3: batch_of(scorer.bundle, events)})]  # fmt: skip
     vocabulary, window = scorer.bundle.vocabulary, scorer.bundle.window
+    drift = Drift(detector._drift, DriftState(detector.judge, 0))
     sessions, said, expected = {}, {}, []
-    for block, name, _ in events:
+    for offset, (block, name, _) in enumerate(events):
         if name is None and block not in sessions:
             continue
-        tokens = sessions.setdefault(block, [])
+        first, tokens, scores = sessions.setdefault(block, (offset, [], []))
         if name is not None:
             tokens.append(vocabulary.tokens.get(name, UNK))
         shown = tokens[-window:]
         why = scorer.explain(_row(shown, window, closing=name is None))
+        scores.append(why.score)
         position = len(tokens) - len(shown) + why.offender + 1
-        exceeded = [level for level, least in levels.items() if why.score > least]
-        revision, score, where, gravity = said.get(block, (0, limit, None, 0))
+        exceeded = [level.name for level in threshold.levels if why.score > level.threshold]
+        revision, score, where, gravity = said.get(block, (0, threshold.threshold, None, 0))
         if why.score > score and (position != where or len(exceeded) > gravity):
             said[block] = (revision + 1, why.score, position, len(exceeded))
             ended = name is None and why.offender == len(shown)
             reason = ("counts" if why.counts else "truncated") if ended else "event"
-            expected.append((block, revision + 1, position, why.score, exceeded[-1], reason))
+            expected.append((block, revision + 1, position, why.score, exceeded[-1], reason, drift.alarm))
         if name is None:
             sessions.pop(block)
-            said.pop(block, None)
+            alerted = said.pop(block, None) is not None
+            draw = draws(Names.of([block.encode()]), np.array([first]))
+            drift.take(levels(np.array([max(scores)])), np.array([alerted]), draw)
     assert found == expected
+    assert detector.drift(3).state.pack() == drift.state.pack()
+    assert [state.pack() for _, state in detector.alarms] == ([drift.state.pack()] if drift.alarm else [])
+    return drift
 
 
 def _row(tokens, window, *, closing):

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.quantile import conformal_quantile
-from consumer.drift import EDGES, Drift, DriftTest, judge_id, levels
+from consumer.drift import EDGES, Drift, DriftTest, deviation, draws, judge_id, levels
 from consumer.events import EventBatch
+from consumer.names import Names
 from consumer.records import DriftState
 from consumer.scores import LookScores
 from consumer.settings import DriftSettings
@@ -48,10 +49,13 @@ def fresh(threshold, options=DEFAULTS):
 
 def run(drift, scores, limit, salt=""):
     """Feed blocks; return after how many the alarm came, None if it did not."""
-    for place, (score, level) in enumerate(zip(scores.tolist(), levels(scores).tolist(), strict=True)):
-        if drift.take(level, alerted=score > limit, place=f"{salt}/{place}"):
-            return place + 1
-    return None
+    before = drift.state.blocks
+    alarmed = drift.take(levels(scores), scores > limit, drawn(len(scores), salt))
+    return drift.state.blocks - before if alarmed else None
+
+
+def drawn(count, salt=""):
+    return draws(Names.of([salt.encode()] * count), np.arange(count))
 
 
 def test_levels_part_the_grid_and_never_lie_on_it():
@@ -64,7 +68,7 @@ def test_every_bet_is_fair(promise):
     """The mean over uniform p-values is 1, and over blocks that alert at the allowed rate; no factor is below 0."""
     test = DriftTest(promise(np.arange(1, 101) / 10), DEFAULTS)
     grid = (np.arange(10_000) + 0.5) / 10_000
-    factors = np.array([test.body_bets(*test.deviation(p)) for p in grid])
+    factors = np.array([test.body_bets(*deviation(p)) for p in grid])
     assert np.allclose(factors.mean(0), 1)
     assert (factors > 0).all()
     hit, miss = np.array(test.tail_bets(1)), np.array(test.tail_bets(0))
@@ -79,12 +83,12 @@ def test_p_values_are_uniform_and_independent_as_long_as_nothing_changes(promise
     for seed in range(40):
         random = np.random.default_rng(seed)
         threshold = promise(scores_of(random, 60), 0.95)
-        drift, seen = fresh(threshold), []
-        drift._p_value = lambda level, place, drift=drift, seen=seen: (
-            seen.append(Drift._p_value(drift, level, place)) or seen[-1]
-        )
-        run(drift, scores_of(random, 100), threshold.threshold, salt=str(seed))
-        values.append(seen)
+        drift, sums = fresh(threshold, DriftSettings(batch=1000)), [0.0]
+        scores = scores_of(random, 100)
+        for score, draw in zip(scores[scores <= threshold.threshold], drawn(100, str(seed)), strict=False):
+            drift.take(levels(np.array([score])), np.array([False]), np.array([draw]))
+            sums.append(drift.state.batch_tilt)
+        values.append(np.diff(sums) + 0.5)
     flat = np.concatenate(values)
     assert np.abs(np.histogram(flat, 10, (0, 1))[0] / len(flat) - 0.1).max() < 0.02
     pairs = np.array([pair for seen in values for pair in itertools.pairwise(seen)])
@@ -151,24 +155,85 @@ def test_after_an_alarm_nothing_changes(promise):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.randoms(use_true_random=False), st.integers(0, 300))
-def test_a_stored_state_goes_on_as_if_nothing_had_happened(promise, random, cut):
+@given(st.randoms(use_true_random=False), st.lists(st.integers(0, 300), max_size=8))
+def test_a_stored_state_goes_on_as_if_nothing_had_happened(promise, random, cuts):
+    """However the blocks are cut into calls, and whoever goes on: to the last bit as if they came one by one."""
     numbers = np.random.default_rng(random.randrange(2**32))
     threshold = promise(scores_of(numbers, 100))
     scores = scores_of(numbers, 300) * random.choice([1, 3])
     options = DriftSettings(false_alarm_every=1000, batch=10)
-    whole, first = fresh(threshold, options), fresh(threshold, options)
-    for drift, part, begin in ((whole, scores, 0), (first, scores[:cut], 0)):
-        run_from(drift, part, threshold.threshold, begin)
-    second = Drift(DriftTest(threshold, options), DriftState.unpack(first.state.pack()))
-    run_from(second, scores[cut:], threshold.threshold, cut)
-    assert second.state.pack() == whole.state.pack()
-    assert len(second.state.pack()) < 1000
+    columns = levels(scores), scores > threshold.threshold, numbers.random(300)
+    test, plain = DriftTest(threshold, options), fresh(threshold, options).state
+    record, alarms = plain.pack(), 0
+    for begin, end in itertools.pairwise([0, *sorted(cuts), 300]):
+        drift = Drift(test, DriftState.unpack(record))
+        alarms += drift.take(*(column[begin:end] for column in columns))
+        record = drift.state.pack()
+    for block in zip(*(column.tolist() for column in columns), strict=True):
+        take_plainly(test, plain, *block)
+    assert record == plain.pack()
+    assert alarms == (plain.alarm is not None)
+    assert len(record) < 1000
 
 
-def run_from(drift, scores, limit, begin):
-    for place, (score, level) in enumerate(zip(scores.tolist(), levels(scores).tolist(), strict=True), begin):
-        drift.take(level, alerted=score > limit, place=str(place))
+def take_plainly(test, state, level, alerted, draw):
+    """One block, in plain Python."""
+    if state.alarm:
+        return
+    state.blocks += 1
+    if alerted:
+        state.alerting += 1
+        state.batch_alerting += 1
+    else:
+        state.counts[level] += 1
+        counts = [sum(pair) for pair in zip(test.reference.tolist(), state.counts, strict=True)]
+        off = (sum(counts[level + 1 :]) + draw * counts[level]) / sum(counts) - 0.5
+        state.batch_tilt += off
+        state.batch_spread += 12 * off * off - 1
+    if state.blocks % test.batch == 0:
+        bets = test.tail_bets(state.batch_alerting / test.batch)
+        state.tail = [(1 + before) * bet for before, bet in zip(state.tail, bets, strict=True)]
+        silent = test.batch - state.batch_alerting
+        if silent:
+            bets = test.body_bets(state.batch_tilt / silent, state.batch_spread / silent)
+            state.body = [(1 + before) * bet for before, bet in zip(state.body, bets, strict=True)]
+        state.batch_alerting, state.batch_tilt, state.batch_spread = 0, 0.0, 0.0
+        for question, gathered in (("body", state.body), ("tail", state.tail)):
+            if sum(gathered) / len(gathered) / test.limit >= 1:
+                state.alarm = question
+
+
+PLACES = {
+    "offsets that follow one another": lambda count: ([b"blk_1"] * count, np.arange(count)),
+    "names that follow one another": lambda count: ([b"blk_%d" % number for number in range(count)], np.zeros(count)),
+    "both": lambda count: ([b"blk_%d" % number for number in range(count)], 22 * np.arange(count)),
+    "names that differ in one character": lambda count: (
+        [b"%c%c-%07d" % (33 + number % 64, 33 + number // 64 % 64, number // 4096) for number in range(count)],
+        np.full(count, 2**40),
+    ),
+}
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+def test_draws_are_uniform_and_independent(places):
+    count = 200_000
+    names, first_offsets = places(count)
+    values = draws(Names.of(names), np.asarray(first_offsets, np.int64))
+    assert ((values >= 0) & (values < 1)).all()
+    assert len(np.unique(values)) == count
+    cells = 16
+    for lag in (1, 2, 64):
+        pairs = np.histogram2d(values[:-lag], values[lag:], cells, ((0, 1), (0, 1)))[0]
+        expected = (count - lag) / cells**2
+        # A sum of 256 squares: 255 on average, with a deviation of 23.
+        assert ((pairs - expected) ** 2 / expected).sum() < 255 + 4 * 23
+
+
+def test_draws_are_the_same_in_every_process():
+    names = Names.of([b"blk_-1608999687919862906", "Blöck".encode(), b"blk_-1608999687919862906"])
+    numbers = draws(names, np.array([0, 2**40, 1])) * 2.0**53
+    assert numbers.astype(int).tolist() == [6071391934917566, 7193325085199573, 4619068903974971]
+    assert draws(names.take(slice(1, 2)), np.array([2**40])) * 2.0**53 == numbers[1]
 
 
 def test_the_record_of_a_long_stream_is_small(promise):
