@@ -53,7 +53,8 @@ class Names:
         return self.data[begin : begin + int(self.size[place])].tobytes()
 
     def __iter__(self) -> Iterator[bytes]:
-        return (self[place] for place in range(len(self)))
+        data, ends = self.data.data, self.begin + self.size
+        return (data[begin:end].tobytes() for begin, end in zip(self.begin.tolist(), ends.tolist(), strict=True))
 
     def take(self, rows: "NDArray[np.int64] | NDArray[np.bool_] | slice") -> "Names":
         """Return some of the strings; the buffer is shared."""

@@ -11,7 +11,7 @@ expiry is decided event by event, and why a block's event first expires the bloc
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +55,7 @@ _AFTER_ALL = 2**62
 """An offset later than any."""
 
 
-@dataclass(frozen=True)
-class Departed:
+class Departed(NamedTuple):
     """A block whose session closed and did not start again at once.
 
     `saved`: the state topic holds a record of it. `marker`: its last offset, if it was closed by the wall clock or
@@ -353,11 +352,8 @@ class WindowStore:
         self._urgent.update(slot for slot in slots[is_open].tolist() if closed[slot] != NONE)
         slots = slots[~is_open]
         saved = self._sessions.rows["saved"][slots].tolist()
-        self._departed.extend(
-            Departed(name, was_saved, marker if marker != NONE else None)
-            for slot, name, was_saved in zip(slots.tolist(), self.names(slots), saved, strict=True)
-            for marker in (closed[slot],)
-        )
+        markers = [None if closed[slot] == NONE else closed[slot] for slot in slots.tolist()]
+        self._departed.extend(map(Departed, self.names(slots), saved, markers))
         self._marked = np.setdiff1d(self._marked, slots)
         self._forget(slots)
 
