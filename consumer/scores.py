@@ -1,5 +1,6 @@
 """Scores of looks: each distinct window is scored once."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,7 +31,8 @@ class LookScores:
     """Scores looks through a bounded cache.
 
     Far below `threshold` a score is the screened one, good to `SCREEN_MARGIN`; from just below it upwards it is
-    exact. So every comparison with the threshold is exact, and nearly every window costs the fast pass only.
+    exact. So every comparison with the threshold is exact, and nearly every window costs the fast pass only. The exact
+    pass of a window above the threshold explains it as well, before an alert asks.
     Without a threshold every score is exact. Either way the score's level (`consumer.drift.levels`) is the exact one's.
 
     Args:
@@ -45,7 +47,7 @@ class LookScores:
         self._half = max(1, capacity // 2)
         self._most_explained = max(1, min(self._half, _EXPLAINED_EVENTS // scorer.bundle.window))
         self._new = self._old = _generation(0)
-        self._explained: dict[int, Explanation] = {}
+        self._explained: OrderedDict[int, Explanation] = OrderedDict()
         self.scored = 0
         """Windows that went through the network so far."""
 
@@ -58,7 +60,7 @@ class LookScores:
         missing = np.flatnonzero(found == _NOWHERE)
         if len(missing):
             distinct, first, back = np.unique(hashes[missing], return_index=True, return_inverse=True)
-            fresh = self._score(_rows(portions, missing[first]))
+            fresh = self._score(distinct, _rows(portions, missing[first]))
             scores[missing] = fresh[back]
             self._remember(distinct, fresh)
         if (again := found == _OLD).any():
@@ -67,24 +69,33 @@ class LookScores:
 
     def explain(self, looks: Looks, place: int) -> Explanation:
         """Explain the look at `place`."""
-        key = int(looks.facts["hash"][place])
+        key = int(looks.facts["hash"][place]) or 1
         explanation = self._explained.get(key)
         if explanation is None:
-            if len(self._explained) >= self._most_explained:
-                self._explained.clear()
-            explanation = self._explained[key] = self.scorer.explain(looks.rows[place])
+            explanation = self.scorer.explain(looks.rows[place])
+            self._keep(key, explanation)
         return explanation
 
-    def _score(self, rows: Rows) -> NDArray[np.float64]:
+    def _score(self, hashes: NDArray[np.uint64], rows: Rows) -> NDArray[np.float64]:
         self.scored += len(rows)
         if self._threshold is None:
             return self.scorer.exact(rows)
         scores = self.scorer.screen(rows)
         close = scores > self._threshold - SCREEN_MARGIN
         close |= levels(scores - SCREEN_NOISE) != levels(scores + SCREEN_NOISE)
-        if close.any():
-            scores[close] = self.scorer.exact(rows[close])
+        near = np.flatnonzero(close)
+        for judged in self.scorer.judge(rows[near]):
+            places = near[judged.places]
+            scores[places] = judged.scores
+            for index in np.flatnonzero(judged.scores > self._threshold).tolist():
+                self._keep(int(hashes[places[index]]), judged.why(index))
         return scores
+
+    def _keep(self, key: int, explanation: Explanation) -> None:
+        """Remember an explanation; the oldest goes when there are too many."""
+        if len(self._explained) >= self._most_explained:
+            self._explained.popitem(last=False)
+        self._explained[key] = explanation
 
     def _remember(self, hashes: NDArray[np.uint64], scores: NDArray[np.float64]) -> None:
         """Take in windows; what was not asked for since the last turn of the generations goes with the next one."""

@@ -102,7 +102,14 @@ class Autoencoder(nn.Module):
 
         That of END is with `closing`.
         """
-        logp = F.log_softmax(self(tokens), -1)  # (B, L, V)
+        return self.surprisals_of(tokens, self.logp(tokens))
+
+    def logp(self, tokens: Tensor) -> Tensor:
+        """Return the log-probability of each token at each place of windows (B, L): (B, L, V)."""
+        return F.log_softmax(self(tokens), -1)
+
+    def surprisals_of(self, tokens: Tensor, logp: Tensor) -> Tensor:
+        """Return `surprisals` of windows (B, L) whose `logp` (B, L, V) is known: (B, L)."""
         surprisal = -logp.gather(2, tokens[:, :, None])[:, :, 0] + self.closing(tokens)  # (B, L)
         return surprisal.masked_fill((tokens == BOS) | (tokens == PAD), -torch.inf)
 

@@ -4,7 +4,7 @@ Two precisions, one meaning. `screen` runs on the device in float32, for speed (
 a CUDA device through `model.fused`); its result may move in the last digits with the batch it ran in. `exact`
 runs in float64 on the CPU and rounds to `GRID`, which is far coarser than float64's noise: the same window has the
 same exact score in every batch, on every machine. Whoever compares a score with a threshold uses the exact one;
-screening only says which windows are far below it.
+screening only says which windows are far below it. `judge` is `exact` that can also explain.
 """
 
 import copy
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from model.bundle import Bundle
 from model.compiled import CompiledNetwork
@@ -49,6 +48,10 @@ EXPECTED = 3
 
 COUNTED = 3
 """How many counts it names."""
+
+_APART = 9
+"""Decimals in which numbers must differ for one to be the higher: float64's noise, which moves with the batch, must not
+decide which of two events offends. Of equals it is the first."""
 
 _PART = 2**16
 """Looks that are screened at a time: a device works on a part while the next one is made ready for it."""
@@ -84,6 +87,43 @@ class Explanation:
     counts: tuple[Tallied, ...] = ()
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Exact scores of some looks, and all that it takes to explain each of them without the network.
+
+    Attributes:
+        places: (B,) of the looks among those that were asked about.
+        scores: (B,) in nats, on the grid.
+    """
+
+    places: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    _tokens: Tensor  # (B, L)
+    _surprisals: NDArray[np.float64]  # (B, L - 1), of the tokens after BOS; -inf for PAD
+    _offenders: NDArray[np.int64]  # (B,) indices into the surprisals
+    _expected: NDArray[np.int64]  # (B, EXPECTED) tokens
+    _shares: NDArray[np.float64]  # (B, EXPECTED)
+    _by_counts: NDArray[np.bool_]  # (B,)
+    _tally: Tally | None
+
+    def why(self, index: int) -> Explanation:
+        """Explain the look at `index` of this batch."""
+        surprisals = self._surprisals[index]
+        expected: tuple[tuple[int, float], ...] = ()
+        counts: tuple[Tallied, ...] = ()
+        if self._tally is not None and self._by_counts[index]:
+            counts = _counts(self._tally, self._tokens[index, None])
+        else:
+            expected = tuple(zip(self._expected[index].tolist(), self._shares[index].tolist(), strict=True))
+        return Explanation(
+            score=float(self.scores[index]),
+            surprisals=tuple(surprisals[surprisals > -np.inf].tolist()),
+            offender=int(self._offenders[index]),
+            expected=expected,
+            counts=counts,
+        )
+
+
 class Scorer:
     """Scores looks with a bundle's network on a device, with one strategy."""
 
@@ -109,35 +149,45 @@ class Scorer:
         """Return the exact scores of `rows`: (N,) in nats, on the grid."""
         return on_grid(self._scores(self._exact, rows))
 
-    @torch.inference_mode()
     def explain(self, row: Rows) -> Explanation:
         """Explain the look `row` (window + 2,)."""
-        tokens = torch.from_numpy(row[row != PAD].astype(np.int64))[None]  # (1, L)
-        logp = F.log_softmax(self._exact(tokens), -1)[0]  # (L, V)
-        own = -logp.gather(1, tokens[0][:, None])[1:, 0]  # (L - 1,)
-        closing = self._exact.closing(tokens)[0, 1:]  # (L - 1,)
-        surprisal = own + closing
-        offender = int(surprisal.argmax())
-        score = _pool(surprisal[None], self.strategy)
-        tally = self._exact.tally
-        there = logp[1 + offender].argmax() == tokens[0, 1 + offender]
-        by_counts = tally is not None and bool(there) and closing[offender] > own[offender]
-        return Explanation(
-            score=float(on_grid(score.numpy())[0]),
-            surprisals=tuple(on_grid(surprisal.numpy()).tolist()),
-            offender=offender,
-            expected=() if by_counts else _likeliest(logp[1 + offender], int(tokens[0, 1 + offender])),
-            counts=_counts(tally, tokens) if tally is not None and by_counts else (),
+        (judged,) = self.judge(row[None])
+        return judged.why(0)
+
+    def judge(self, rows: Rows) -> Iterator[Judged]:
+        """Yield the exact scores of `rows`, some at a time, with what explains them."""
+        for chosen, tokens in _passes(self._exact, rows):
+            yield self._judge(chosen, tokens)
+
+    @torch.inference_mode()
+    def _judge(self, places: NDArray[np.int64], tokens: Tensor) -> Judged:
+        logp = self._exact.logp(tokens)  # (B, L, V)
+        surprisal = self._exact.surprisals_of(tokens, logp)  # (B, L)
+        offender = surprisal.round(decimals=_APART).argmax(1, keepdim=True)  # (B, 1)
+        there = logp[torch.arange(len(tokens)), offender[:, 0]]  # (B, V)
+        shown = tokens.gather(1, offender)  # (B, 1)
+        own = -there.gather(1, shown)  # (B, 1)
+        added = surprisal.gather(1, offender) - own  # (B, 1), by the counts
+        apart = there.round(decimals=_APART)  # (B, V)
+        by_counts = (apart.argmax(1, keepdim=True) == shown) & (added > own)  # (B, 1)
+        others = apart.scatter(1, shown, -torch.inf)  # (B, V)
+        expected = others.argsort(dim=1, descending=True, stable=True)[:, :EXPECTED]  # (B, EXPECTED)
+        return Judged(
+            places,
+            on_grid(_pool(surprisal, self.strategy).numpy()),
+            tokens,
+            on_grid(surprisal[:, 1:].numpy()),
+            offender[:, 0].numpy() - 1,
+            expected.numpy(),
+            on_grid(there.gather(1, expected).exp().numpy()),
+            by_counts[:, 0].numpy(),
+            self._exact.tally,
         )
 
     @torch.inference_mode()
     def _scores(self, network: Autoencoder, rows: Rows) -> NDArray[np.float64]:
-        device = next(network.parameters()).device
-        cells = _CELLS_CPU if device.type == "cpu" else _CELLS_ACCELERATOR
-        cells = min(cells, _LOGITS // self.bundle.network.shape.vocabulary)
         scores = torch.empty(len(rows), dtype=torch.float64)
-        for chosen, length in _batches(rows, cells):
-            tokens = torch.from_numpy(rows[chosen, :length].astype(np.int64)).to(device)  # (B, L)
+        for chosen, tokens in _passes(network, rows):
             scores[chosen] = _pool(network.surprisals(tokens), self.strategy).double().cpu()
         return scores.numpy()
 
@@ -159,12 +209,6 @@ def on_grid(values: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(np.round(values, 4), np.float64)
 
 
-def _likeliest(logp: Tensor, besides: int) -> tuple[tuple[int, float], ...]:
-    """Return the likeliest tokens, `besides` left out, and their probabilities, of log-probabilities (V,)."""
-    probability, token = logp.exp().index_fill(0, torch.tensor([besides]), 0).topk(min(EXPECTED, len(logp)))
-    return tuple(zip(token.tolist(), on_grid(probability.numpy()).tolist(), strict=True))
-
-
 def _counts(tally: Tally, tokens: Tensor) -> tuple[Tallied, ...]:
     return tuple(
         replace(kind, surprisal=float(on_grid(np.array(kind.surprisal)))) for kind in tally.worst(tokens, COUNTED)
@@ -178,6 +222,14 @@ def _pool(surprisal: Tensor, strategy: Strategy) -> Tensor:
     best = surprisal if strategy == "mean" else surprisal.topk(min(TOPK, surprisal.shape[1]), dim=1).values  # (B, K)
     there = best > -torch.inf  # (B, K)
     return best.masked_fill(~there, 0).sum(1) / there.sum(1)
+
+
+def _passes(network: Autoencoder, rows: Rows) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Yield what `network` takes at a time: places in `rows` (B,) and the tokens there (B, L), on its device."""
+    device = network.bias.device
+    cells = _CELLS_CPU if device.type == "cpu" else _CELLS_ACCELERATOR
+    for chosen, length in _batches(rows, min(cells, _LOGITS // network.shape.vocabulary)):
+        yield chosen, torch.from_numpy(rows[chosen, :length].astype(np.int64)).to(device)
 
 
 def _batches(rows: Rows, cells: int) -> Iterator[tuple[NDArray[np.int64], int]]:

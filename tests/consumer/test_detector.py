@@ -343,6 +343,26 @@ def test_explanations_are_bounded_by_themselves(scorer, make_threshold, monkeypa
     assert max(held) == 5
 
 
+def test_what_scored_a_window_has_explained_it(bundle, make_threshold, monkeypatch):
+    """The network is asked again, and says the same, only where the explanation has been forgotten."""
+
+    class Counting(Scorer):
+        alone = 0
+
+        def explain(self, row):
+            self.alone += 1
+            return super().explain(row)
+
+    scorer = Counting(bundle)
+    events = [(f"{turn}{''.join(names)}", name, 0)
+              for turn in range(2) for names in itertools.product(NAMES[1:], repeat=3) for name in names]  # fmt: skip
+    alerts = run(scorer, make_threshold(0.0), events, cuts=[len(events) // 2])
+    assert (len(alerts) > 128, scorer.alone) == (True, 0)
+    monkeypatch.setattr("consumer.scores._EXPLAINED_EVENTS", 5 * bundle.window)
+    assert run(scorer, make_threshold(0.0), events, cuts=[len(events) // 2]) == alerts
+    assert scorer.alone > 50
+
+
 def test_partitions_are_independent_and_go_with_their_sessions(scorer, make_threshold):
     detector = Detector(scorer, make_threshold(0.0, idle_timeout_ms=10**6), topic="logs", cache_windows=1000)
     for partition in (0, 1):

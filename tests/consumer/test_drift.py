@@ -275,7 +275,7 @@ def test_screened_scores_have_the_levels_of_exact_ones(varied_scorer):
             self.screened += len(rows)
             return varied_scorer.exact(rows) + random.choice([-0.9, 0.9], len(rows)) * SCREEN_NOISE
 
-        exact = staticmethod(varied_scorer.exact)
+        judge = staticmethod(varied_scorer.judge)
         bundle = varied_scorer.bundle
 
     noisy = Noisy()
