@@ -60,4 +60,4 @@ def _installed(python: str, peer: _Peer) -> bool:
 def _rate(stage: Stage, events: int, command: list[str]) -> float:
     trial = stage.trial(events_topic=stage.stream(events))
     with stage.process([*command, "--config", str(trial.config)]) as process:
-        return drained(trial.settings, process)
+        return drained(trial.settings, process).rate()

@@ -191,23 +191,40 @@ def committed(settings: Settings) -> Iterator[Committed]:
         watch.close()
 
 
-def drained(settings: Settings, process: Process | None = None, *, skip: int = 0) -> float:
-    """Wait until the group has committed all; return the messages a second after the first `skip` ones.
+class Drain:
+    """How a group came through its topic: (seconds, messages committed by then), growing."""
+
+    def __init__(self, commits: Sequence[tuple[float, int]]) -> None:
+        self._commits = commits
+
+    def rate(self, skip: int = 0) -> float:
+        """Return the messages a second after the first `skip` ones and the commit after them.
+
+        Raises:
+            UserError: a single commit was all.
+        """
+        (began, first), (ended, last) = next(at for at in self._commits if at[1] > skip), self._commits[-1]
+        if first >= last:
+            raise UserError(f"{last:,} messages are one commit: too few to tell a rate; ask for more of them")
+        return (last - first) / (ended - began)
+
+
+def drained(settings: Settings, process: Process | None = None) -> Drain:
+    """Wait until the group has committed all.
 
     Raises:
-        UserError: it takes too long, the process has ended, or a single commit was all.
+        UserError: it takes too long, or the process has ended.
     """
+    commits = [(0.0, 0)]
     with committed(settings) as watch:
-        total, first = watch.total, (0.0, 0)
+        total = watch.total
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while time.monotonic() < deadline:
             done, now = watch.now, time.monotonic()
-            if not first[1] and done > skip:
-                first = (now, done)
+            if done > commits[-1][1]:
+                commits.append((now, done))
             if done >= total:
-                if first[1] >= total or now <= first[0]:
-                    raise UserError(f"{total:,} messages are one commit: too few to tell a rate; ask for more of them")
-                return (total - first[1]) / (now - first[0])
+                return Drain(commits)
             if process is not None and process.poll() is not None:
                 process.said("the whole topic")
             time.sleep(_LOOK_SECONDS)

@@ -10,24 +10,30 @@ from typing import Any
 from consumer.clients import READ_AHEAD
 from model.cli import console
 from model.sessions import Event
-from scripts.bench.stage import JOINED, Message, Stage, bare_loop, drained, send
+from scripts.bench.stage import JOINED, Drain, Message, Stage, bare_loop, drained, send
 
 _START = 1_704_067_200_000
 
 
 def pipeline(stage: Stage, options: Namespace) -> dict[str, Any]:
-    """Run the bare loop, then the consumer with both deliveries, from the same topic; the cache is empty at first."""
+    """Run the bare loop, then the consumer with both deliveries, from the same topic; the cache is empty at first.
+
+    Warm is the second half of the topic.
+    """
     ceiling = _ceiling(stage, options.events)
     untuned = bare_loop(stage.trial(events_topic=stage.stream(options.events)).settings, {})
-    exactly_once = _rate(stage, options.events, delivery="exactly_once")
-    at_least_once = _rate(stage, options.events, delivery="at_least_once")
+    drain = _drain(stage, options.events, delivery="exactly_once")
+    exactly_once, warm = drain.rate(), drain.rate(options.events // 2)
+    at_least_once = _drain(stage, options.events, delivery="at_least_once").rate()
     stage.known["pipeline_eps"] = exactly_once
     return {
         "pipeline_ratio": exactly_once / ceiling,
+        "pipeline_warm_ratio": warm / ceiling,
         "at_least_once_ratio": at_least_once / ceiling,
         "consume_ceiling_eps": ceiling,
         "consume_untuned_eps": untuned,
         "pipeline_eps": exactly_once,
+        "pipeline_warm_eps": warm,
         "at_least_once_eps": at_least_once,
         "messages": options.events,
     }
@@ -36,7 +42,7 @@ def pipeline(stage: Stage, options: Namespace) -> dict[str, Any]:
 def cold(stage: Stage, options: Namespace) -> dict[str, Any]:
     """Run the same without the cache of scores: whatever windows a batch has go through the network."""
     ceiling = _ceiling(stage, options.events)
-    rate = _rate(stage, options.events, sections={"scoring": {"cache_windows": 1}})
+    rate = _drain(stage, options.events, sections={"scoring": {"cache_windows": 1}}).rate()
     return {"ratio": rate / ceiling, "eps": rate}
 
 
@@ -47,7 +53,7 @@ def instances(stage: Stage, options: Namespace) -> dict[str, Any]:
         trial = stage.trial(events_topic=stage.stream(options.events))
         with ExitStack() as running:
             processes = [running.enter_context(stage.consumer(trial)) for _ in range(number)]
-            found[str(number)] = drained(trial.settings, processes[0], skip=options.events // 2)
+            found[str(number)] = drained(trial.settings, processes[0]).rate(options.events // 2)
             joined = sum(JOINED in process.log.read_text() for process in processes)
         if joined < number:
             console.print(f"only {joined} of {number} instances had partitions: use more --events")
@@ -63,7 +69,7 @@ def open_blocks(stage: Stage, options: Namespace) -> dict[str, Any]:
         opening = 2 * blocks
         send(trial.settings, _scattered(stage, blocks, options.events), f"events of {blocks:,} open blocks")
         with stage.consumer(trial) as process:
-            found[str(blocks)] = drained(trial.settings, process, skip=opening + options.events // 10)
+            found[str(blocks)] = drained(trial.settings, process).rate(opening + options.events // 10)
     numbers = list(found)
     return {"ratio": found[numbers[-1]] / found[numbers[0]], "eps": found}
 
@@ -76,7 +82,7 @@ def hdfs_v1(stage: Stage, options: Namespace) -> dict[str, Any]:
     send(trial.settings, _crowded(stage, turns), f"{turns * len(stage.traffic):,} messages")
     began = time.monotonic()
     with stage.consumer(trial) as process:
-        rate = drained(trial.settings, process)
+        rate = drained(trial.settings, process).rate()
         seconds = time.monotonic() - began
         resident = process.resident
     return {
@@ -94,7 +100,7 @@ def _ceiling(stage: Stage, events: int) -> float:
     return float(stage.known["ceiling"])
 
 
-def _rate(stage: Stage, events: int, **changes: Any) -> float:
+def _drain(stage: Stage, events: int, **changes: Any) -> Drain:
     trial = stage.trial(events_topic=stage.stream(events), **changes)
     with stage.consumer(trial) as process:
         return drained(trial.settings, process)
