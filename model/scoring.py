@@ -8,6 +8,7 @@ screening only says which windows are far below it. `judge` is `exact` that can 
 """
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ from model.vocabulary import PAD
 
 if TYPE_CHECKING:
     from model.fused import FusedNetwork
+
+log = logging.getLogger("model")
 
 Rows = NDArray[np.uint16]
 """Looks as the network sees them: (N, window + 2) of BOS, events, END when closed, PAD."""
@@ -197,10 +200,15 @@ def _fast(network: Autoencoder, device: torch.device) -> "CompiledNetwork | Fuse
     if device.type == "cpu":
         return CompiledNetwork(network)
     if device.type == "cuda":
-        from model.fused import FusedNetwork  # noqa: PLC0415 - Triton comes with torch for CUDA only
+        try:
+            from model.fused import FusedNetwork  # noqa: PLC0415 - Triton comes with torch for CUDA only
 
-        if FusedNetwork.fits(network.shape):
-            return FusedNetwork(network, device)
+            if FusedNetwork.fits(network.shape):
+                return FusedNetwork(network, device)
+        except Exception as error:  # noqa: BLE001 - no C compiler, too old a device: Triton says so in many ways
+            log.warning(
+                "the network cannot be one kernel (%s): scoring operation by operation, a few times slower", error
+            )
     return copy.deepcopy(network).to(device).eval()
 
 

@@ -1,6 +1,8 @@
 """Scores against a plain oracle: one window at a time, float64, no padding, numpy pooling."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,3 +174,22 @@ def test_a_large_vocabulary_makes_smaller_passes_not_larger_memory():
     assert max(passes) <= 2**26
     assert np.ptp(scores) == 0
     assert np.abs(scorer.screen(rows) - scores).max() < SCREEN_MARGIN / 100
+
+
+def test_where_the_kernel_cannot_be_compiled_torch_scores(bundle, monkeypatch, caplog):
+    """As in a container without a C compiler; the device is a CPU that says it is none."""
+
+    class Fused:
+        fits = staticmethod(lambda _: True)
+
+        def __init__(self, *_):
+            raise RuntimeError("Failed to find C compiler")
+
+    class Elsewhere:
+        type = "cuda"
+
+    monkeypatch.setitem(sys.modules, "model.fused", SimpleNamespace(FusedNetwork=Fused))
+    monkeypatch.setattr(Autoencoder, "to", lambda network, _: network)
+    scorer, rows = Scorer(bundle, device=Elsewhere()), rows_of([([4, 5, 6], True), ([4, 5, 9, 9, 7], False)])
+    assert np.abs(scorer.screen(rows) - scorer.exact(rows)).max() < SCREEN_MARGIN / 100
+    assert "Failed to find C compiler" in caplog.text
