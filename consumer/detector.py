@@ -206,6 +206,10 @@ class Detector:
         """Close sessions of a partition that has fallen silent and return the alerts of their last looks."""
         return self._alerts({partition: self._partitions[partition].store.close_all(at_most)})
 
+    def close_ending(self, partition: int, time: int, at_most: int) -> list[Alert]:
+        """Close so many of the sessions that an event at `time` will end, and return the alerts of their last looks."""
+        return self._alerts({partition: self._partitions[partition].store.close_ending(time, at_most)})
+
     def _alerts(self, streams: Mapping[int, Iterator[Looks]]) -> list[Alert]:
         alerts: list[Alert] = []
         # One portion of each partition at a time: the device sees all partitions in one batch.

@@ -236,6 +236,20 @@ def rise(rows, facts, levels, highest):
 
 
 @njit(cache=True)
+def expiring(rows, roster, idle, time, slots):
+    """Write the sessions that end once the watermark is at `time` into `slots`, the longest silent first.
+
+    Returns how many these are, as far as there is room for them.
+    """
+    slot, count = roster[OLDEST], 0
+    while slot != NONE and count < len(slots) and rows[slot].seen + idle < time:
+        slots[count] = slot
+        slot = rows[slot].newer
+        count += 1
+    return count
+
+
+@njit(cache=True)
 def link_newest(rows, roster, slot):
     """Hang an open session at the newest end of the list."""
     session = rows[slot]

@@ -10,7 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from typing import NamedTuple
 
+import numpy as np
 from confluent_kafka import Message, TopicPartition
 
 from consumer.alerts import Alert
@@ -38,6 +40,13 @@ log = logging.getLogger("consumer")
 
 _REPORT_SECONDS = 60.0
 _STATUS_SECONDS = 1.0
+
+
+class _Flood(NamedTuple):
+    """Messages whose first one, by its time, in milliseconds, ends more sessions than one commit should hold."""
+
+    time: int
+    messages: Sequence[Message]
 
 
 class Service:
@@ -135,6 +144,7 @@ class Service:
         if self._assignment.recovery_due:  # a callback lost the transaction: memory is ahead of what is committed
             self._assignment.recover()  # and the messages will be read again
         elif messages:
+            self.messages += len(messages)
             self._metrics.batch_messages.observe(len(messages))
             with self._metrics.batch_seconds.time():
                 self._take(messages)
@@ -199,14 +209,16 @@ class Service:
                 by_partition.setdefault(message.partition(), []).append(message)
             else:
                 self._assignment.on_error(message.error(), message.partition())
-        self.messages += len(messages)
         live: dict[int, EventBatch] = {}
         unfit: list[tuple[Message, str]] = []
+        floods: dict[int, _Flood] = {}
         for number, some in by_partition.items():
-            batch, refused = self._decoded(number, some)
+            batch, refused, flood = self._decoded(number, some)
             unfit += refused
             if batch is not None:
                 live[number] = batch
+            if flood is not None:
+                floods[number] = flood
         if live:
             self._publish(self._detector.process(live))
             self._say_alarms()
@@ -215,24 +227,53 @@ class Service:
             self._bury(message, reason)
         for partition in self._assignment.partitions.values():
             partition.end_replay()
+        for number, flood in floods.items():
+            self._close_ahead_of(number, flood)
+            self._take(flood.messages)
 
-    def _decoded(self, number: int, messages: Sequence[Message]) -> tuple[EventBatch | None, list[tuple[Message, str]]]:
-        """Return the events of a partition that are to be judged, and what is no event, with the reason.
+    def _decoded(
+        self, number: int, messages: Sequence[Message]
+    ) -> "tuple[EventBatch | None, list[tuple[Message, str]], _Flood | None]":
+        """Return the events of a partition that are to be judged, what is no event, with the reason, and what waits.
 
         Those that a predecessor has judged are taken in without publishing.
         """
         partition = self._assignment.partitions.get(number)
         if partition is None:
-            return None, []  # no longer ours
+            return None, [], None  # no longer ours
         columns = Messages.of(messages)
         known, done = partition.advance(columns.offsets)
         if known == len(messages):
-            return None, []  # seen before a rebalance gave the partition back
-        self._patience.uncommitted += len(messages) - done
+            return None, [], None  # seen before a rebalance gave the partition back
         if known < done:
             self._detector.replay(number, self._decoder.decode(columns.from_place(known, done))[0])
         batch, refused = self._decoder.decode(columns.from_place(done))
-        return batch, [(messages[done + letter.place], letter.reason) for letter in refused]
+        end, flood = len(messages), None
+        row = self._detector.store(number).flood(batch, PER_COMMIT)
+        if row is not None:
+            partition.position = int(batch.offsets[row])
+            end = int(np.searchsorted(columns.offsets, partition.position))
+            flood = _Flood(int(batch.times[row]), messages[end:])
+            batch = batch.rows(0, int(np.searchsorted(batch.offsets, partition.position)))
+        self._patience.uncommitted += end - done
+        return batch, [(messages[done + place], reason) for place, reason in refused if done + place < end], flood
+
+    def _close_ahead_of(self, number: int, flood: "_Flood") -> None:
+        """Close the sessions that the first of some messages ends, some with each commit, until few are left to it.
+
+        All in one transaction might take longer than it may last, again and again.
+        """
+        partition, store = self._assignment.partitions[number], self._detector.store(number)
+        log.info(
+            "%s/%d: the log goes on after a pause that ends many of %s open blocks: closing them",
+            self._topic, number, f"{store.open_blocks:,}",
+        )  # fmt: skip
+        while store.are_ending(flood.time, PER_COMMIT):
+            self._publish(self._detector.close_ending(number, flood.time, PER_COMMIT))
+            self._say_alarms()
+            partition.closed_some()
+            self._assignment.commit()
+            self._metrics.beat()
 
     def _look_for_crossings(self, numbers: Iterable[int]) -> None:
         stores = {number: self._detector.store(number) for number in self._assignment.partitions}

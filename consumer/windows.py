@@ -33,6 +33,7 @@ from consumer.kernel import (
     Sessions,
     advance,
     append,
+    expiring,
     link_all,
     read,
     rise,
@@ -171,9 +172,31 @@ class WindowStore:
 
     def close_all(self, at_most: int | None = None) -> Iterator[Looks]:
         """Close every session, or so many, and yield their last looks: the partition is silent on the wall clock."""
-        slots = self._open_by_activity()[:at_most]
-        tombstones, nothing = np.full(len(slots), TOMBSTONE, np.int32), np.zeros(len(slots), np.int64)
-        yield from self._run(slots, tombstones, nothing, nothing + _AFTER_ALL, by_clock=True)
+        return self._close(self._open_by_activity()[:at_most])
+
+    def flood(self, batch: EventBatch, at_most: int) -> int | None:
+        """Return the row of the first event in `batch` whose time ends more than so many sessions; None: there is none.
+
+        Sessions that the batch begins do not count; those that it keeps alive before that event may.
+        """
+        clock = self._sessions.clock[0]
+        times = np.maximum.accumulate(np.where(batch.tokens == TOMBSTONE, clock, np.maximum(batch.times, clock)))
+        ending = self._expiring(int(times[-1]) if len(times) else NO_WATERMARK, at_most + 1)
+        if len(ending) <= at_most:
+            return None
+        return int(np.searchsorted(times, int(self._sessions.rows["seen"][ending[-1]]) + self._idle, side="right"))
+
+    def are_ending(self, time: int, more_than: int) -> bool:
+        """Say whether the watermark's being at `time` would end more than so many sessions."""
+        return len(self._expiring(time, more_than + 1)) > more_than
+
+    def close_ending(self, time: int, at_most: int) -> Iterator[Looks]:
+        """Close so many of the sessions that end once the watermark is at `time`, and yield their last looks.
+
+        The watermark stays. As after `close_all`, a marker says so of each: what comes before the event that moves it
+        may be read again.
+        """
+        return self._close(self._expiring(time, at_most))
 
     def rise(self, looks: Looks, levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Take in the score levels (N,) of looks, in their order; return the highest of its session at each look."""
@@ -317,6 +340,14 @@ class WindowStore:
         """Return the slots whose session must be saved at the next commit: it follows one that was evicted."""
         urgent, self._urgent = self._urgent, set()
         return urgent
+
+    def _close(self, slots: NDArray[np.int32]) -> Iterator[Looks]:
+        tombstones, nothing = np.full(len(slots), TOMBSTONE, np.int32), np.zeros(len(slots), np.int64)
+        return self._run(slots, tombstones, nothing, nothing + _AFTER_ALL, by_clock=True)
+
+    def _expiring(self, time: int, at_most: int) -> NDArray[np.int32]:
+        slots = np.empty(at_most, np.int32)
+        return slots[: expiring(self._sessions.rows, self._sessions.roster, self._idle, time, slots)]
 
     def _run(
         self,

@@ -23,7 +23,7 @@ from scripts.bench.latency import latency
 from scripts.bench.peers import peers
 from scripts.bench.pictures import draw
 from scripts.bench.profile import profile
-from scripts.bench.robustness import garbage, memory, restore
+from scripts.bench.robustness import garbage, memory, pause, restore
 from scripts.bench.scoring import scoring
 from scripts.bench.stage import Stage
 from scripts.bench.throughput import cold, hdfs_v1, instances, open_blocks, pipeline
@@ -34,7 +34,8 @@ _Part = Callable[[Stage, Namespace], dict[str, Any]]
 PARTS: dict[str, _Part] = {
     part.__name__: part
     for part in (
-        scoring, pipeline, cold, instances, open_blocks, latency, restore, memory, garbage, hdfs_v1, peers, profile,
+        scoring, pipeline, cold, instances, open_blocks, latency, restore, memory, pause, garbage, hdfs_v1, peers,
+        profile,
     )
 }  # fmt: skip
 _ON_REQUEST = ("hdfs_v1",)  # needs two gigabytes of disk
@@ -77,6 +78,7 @@ def _arguments() -> Namespace:
     parser.add_argument("--restore-blocks", type=int, default=1_000_000, help="open blocks of the restore part")
     parser.add_argument("--memory-blocks", type=int, default=1_000_000, help="open blocks of the memory part")
     parser.add_argument("--memory-events", type=int, nargs="+", default=[19, 2], help="events of each of them")
+    parser.add_argument("--pause-blocks", type=int, default=1_000_000, help="open blocks of the pause part")
     parser.add_argument("--garbage", type=int, default=1_000_000, help="bad messages; a tenth as many good ones")
     parser.add_argument("--hdfs-blocks", type=int, default=575_061, help="blocks of the hdfs_v1 part")
     parser.add_argument("--peer-events", type=int, default=100_000, help="of the peers, which are slow")

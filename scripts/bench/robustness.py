@@ -1,21 +1,27 @@
-"""What a process keeps and gets back: restart with many open blocks, memory for each of them, a flood of garbage."""
+"""What many open blocks cost: a restart with them, memory for each, the end of all at once; and a flood of garbage."""
 
 import re
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from random import Random
 from typing import Any
 
 from model.errors import UserError
 from model.sessions import Event
 from scripts.alerts import TopicReader
-from scripts.bench.stage import JOINED, Message, Stage, Trial, send, settled, wait
+from scripts.bench.stage import JOINED, Message, Stage, Trial, committed, send, settled, wait
 from scripts.bench.throughput import sessions_of
 
 _START = 1_704_067_200_000
 _UNKNOWN = "never seen before"
 _FIRST_ALERT_SECONDS = 300.0
+_MID_LIFE = 3
+"""Events of a block that is in mid-life."""
+
+_MILLISECOND = timedelta(milliseconds=1)
 
 
 def restore(stage: Stage, options: Namespace) -> dict[str, Any]:
@@ -51,6 +57,42 @@ def restore(stage: Stage, options: Namespace) -> dict[str, Any]:
 def memory(stage: Stage, options: Namespace) -> dict[str, Any]:
     """Fill a process with open blocks: bytes for each, above what it had with a hundredth of them."""
     return {f"{events}_events": _memory(stage, options.memory_blocks, events) for events in options.memory_events}
+
+
+def pause(stage: Stage, options: Namespace) -> dict[str, Any]:
+    """Let the log go on after a pause that ends all open blocks in mid-life: seconds until all alerts are visible."""
+    trial = stage.trial()
+    settings, blocks = trial.settings, options.pause_blocks
+    lives = [life for life in sessions_of(stage) if len(life) > _MID_LIFE]
+    opened = (
+        Event(_START, f"open-{block}", lives[block % len(lives)][place])
+        for place in range(_MID_LIFE)
+        for block in range(blocks)
+    )
+    late = _START + settings.windows.idle_timeout // _MILLISECOND + 1
+    with stage.consumer(trial) as process, committed(settings) as watch:
+        send(settings, stage.messages(opened), f"{_MID_LIFE} events of {blocks:,} blocks")
+        settled(settings, process)
+        before = peak = process.resident
+        send(settings, stage.messages(Event(late, f"late-{n}", lives[0][0]) for n in range(100)), "what comes later")
+        total, began = watch.total, time.monotonic()
+
+        def over() -> bool:
+            nonlocal peak
+            peak = max(peak, process.resident)
+            return watch.now >= total
+
+        wait(over, "the end of all blocks")
+        seconds = time.monotonic() - began
+    alerted = Counter(message.key() for message in _all(trial, settings.topics.alerts))
+    return {
+        "seconds": seconds,
+        "open_blocks": blocks,
+        "alerted_blocks": sum(key.startswith(b"open-") for key in alerted),
+        "alerts": alerted.total(),
+        "resident_mb_before": before / 1e6,
+        "resident_mb_at_most": peak / 1e6,
+    }
 
 
 def garbage(stage: Stage, options: Namespace) -> dict[str, Any]:

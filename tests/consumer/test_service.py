@@ -27,9 +27,10 @@ TOPICS = Settings().topics
 
 
 class Message:
-    def __init__(self, partition, offset, block):
+    def __init__(self, partition, offset, block, time=1000):
         self._place = partition, offset
         self._block = block
+        self._time = time
 
     def error(self):
         return None
@@ -44,10 +45,10 @@ class Message:
         return self._block.encode()
 
     def value(self):
-        return json.dumps({"block_id": self._block, "event_id": "never seen", "timestamp": 1000}).encode()
+        return json.dumps({"block_id": self._block, "event_id": "never seen", "timestamp": self._time}).encode()
 
     def timestamp(self):
-        return 1, 2000
+        return 1, self._time + 1000
 
 
 class Trouble(Message):
@@ -77,6 +78,7 @@ class Delivery:
 
     def __init__(self):
         self.pending, self.visible, self.committed = [], [], {}
+        self.commits = []
         self.fails = False
 
     def send(self, topic, _, key, __, ___=-1):
@@ -89,13 +91,14 @@ class Delivery:
         self.pending.clear()
 
     def commit(self, _, offsets, records):
-        list(records)
         sent, self.pending = self.pending, []
+        blocks = [key.decode()[1:] for _, key, value in records if key[:1] == BLOCK and value is not None]
         if self.fails:
             self.fails = False
             raise TransactionAborted("fenced")
         self.visible += sent
         self.committed |= {place.partition: place.offset for place in offsets}
+        self.commits.append((dict(self.committed), [key for _, key in sent], blocks))
 
     def close(self):
         pass
@@ -318,6 +321,35 @@ def test_nothing_is_sent_before_all_of_a_batch_is_judged(play, delivery, member,
         (TOPICS.dead_letters, b"h"),
     ]
     assert service.dead_letters.total() == 2
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_event_that_ends_many_sessions_waits_until_they_are_closed_commit_by_commit(
+    play, delivery, member, monkeypatch, fails
+):
+    """One transaction for all of them might take longer than it may last, and so would the next attempt."""
+    monkeypatch.setattr("consumer.service.PER_COMMIT", 2)
+
+    def begin():
+        member.rebalance("assign", 0)
+        return opening()
+
+    def opening():
+        return [Message(0, offset, f"x{offset}") for offset in range(5)]
+
+    def goes_on():
+        delivery.fails = fails and not member.sought
+        return [Garbage(0, 5, "g"), Message(0, 6, "late", time=10**9), Garbage(0, 7, "h")]
+
+    play(begin, goes_on, *([opening, goes_on] if fails else []))
+    assert member.sought == ([(0, 0)] if fails else [])
+    offsets, sent, closed = zip(*delivery.commits, strict=True)
+    assert offsets == ({0: 6}, {0: 6}, {0: 8})
+    assert sent == ([b"x0", b"x1", b"x2", b"x3", b"x4", b"g"], [], [b"late", b"h"])
+    assert closed[0][:2] == ["x0", "x1"]
+    assert closed[1] == ["x2", "x3"]
+    assert closed[2] == ["late"]
 
 
 def test_waiting_for_brokers_is_no_reason_to_be_called_dead(play, member, caplog, monkeypatch):

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from scripts.bench.robustness import garbage
+from scripts.bench.robustness import garbage, pause
 from scripts.bench.scoring import scoring
 from scripts.bench.stage import Stage
 from scripts.bench.throughput import sessions_of
@@ -21,6 +21,13 @@ def test_a_flood_of_garbage_is_counted_message_by_message(stage):
     assert found["good"] == found["good_alerted"] == 60
     assert found["bad"] == found["dead_letters"] == 600
     assert found["resident_mb_at_end"] > 50
+
+
+def test_after_a_pause_every_block_alerts_that_ended_in_mid_life(stage):
+    found = pause(stage, Namespace(pause_blocks=3000))
+    assert found["open_blocks"] == found["alerted_blocks"] == 3000
+    assert found["alerts"] >= 3000
+    assert found["resident_mb_at_most"] >= found["resident_mb_before"]
 
 
 def test_the_network_is_measured_on_every_distinct_window(stage):
