@@ -121,7 +121,7 @@ class Assignment:
         due = [
             partition
             for partition in self._partitions.values()
-            if (partition.touched or begin or partition.number in finish) and not partition.catch_up
+            if (partition.is_due or begin or partition.number in finish) and not partition.catch_up
         ]
         if not due:
             return

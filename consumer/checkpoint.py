@@ -123,6 +123,11 @@ class Checkpointer:
         self._begun_at: int | None = recovered.checkpoint.offset if recovered.checkpoint else None
         self._first = None if recovered.checkpoint else Checkpoint(start, NO_WATERMARK, group)
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether there are records that wait for the next commit."""
+        return self._next is not None or bool(self._gone)
+
     def records(self, position: int, *, begin: bool = False, finish: bool = False) -> Iterator[Record]:
         """Yield the records that belong to the commit of the input offset `position`.
 

@@ -54,6 +54,11 @@ class Partition:
         """How many offsets are left below the committed one: until none is, there is nothing to commit."""
         return 0 if self._replay is None else max(0, self._replay.until - self.position)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something for the next commit."""
+        return self.touched or self._checkpointer.is_unfinished
+
     def advance(self, offsets: NDArray[np.int64]) -> tuple[int, int]:
         """Move on past messages.
 

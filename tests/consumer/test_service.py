@@ -27,9 +27,10 @@ TOPICS = Settings().topics
 
 
 class Message:
-    def __init__(self, partition, offset, block, time=1000):
+    def __init__(self, partition, offset, block, event="never seen", time=1000):
         self._place = partition, offset
         self._block = block
+        self._event = event
         self._time = time
 
     def error(self):
@@ -45,7 +46,7 @@ class Message:
         return self._block.encode()
 
     def value(self):
-        return json.dumps({"block_id": self._block, "event_id": "never seen", "timestamp": self._time}).encode()
+        return json.dumps({"block_id": self._block, "event_id": self._event, "timestamp": self._time}).encode()
 
     def timestamp(self):
         return 1, self._time + 1000
@@ -321,6 +322,25 @@ def test_nothing_is_sent_before_all_of_a_batch_is_judged(play, delivery, member,
         (TOPICS.dead_letters, b"h"),
     ]
     assert service.dead_letters.total() == 2
+
+
+def test_a_checkpoint_that_takes_several_commits_is_finished_though_nothing_more_comes(
+    play, delivery, member, clock, monkeypatch
+):
+    monkeypatch.setattr("consumer.checkpoint.PER_COMMIT", 2)
+
+    def begin():
+        member.rebalance("assign", 0)
+        clock.sleep(31)  # a checkpoint is due
+        return [Message(0, offset, f"x{offset}", "a") for offset in range(5)]
+
+    def quiet():
+        clock.sleep(0.4)
+
+    def stop():
+        assert [blocks for _, _, blocks in delivery.commits] == [["x0", "x1"], ["x2", "x3"], ["x4"]]
+
+    play(begin, quiet, quiet, quiet, quiet, stop)
 
 
 @pytest.mark.usefixtures("clock")
