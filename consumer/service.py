@@ -8,7 +8,7 @@ whatever goes wrong before that, `Assignment` knows.
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -203,16 +203,10 @@ class Service:
 
     def _take(self, messages: Sequence[Message]) -> None:
         """Decode and judge messages; alerts and dead letters go to the delivery."""
-        by_partition: dict[int, list[Message]] = {}
-        for message in messages:
-            if message.error() is None:
-                by_partition.setdefault(message.partition(), []).append(message)
-            else:
-                self._assignment.on_error(message.error(), message.partition())
         live: dict[int, EventBatch] = {}
         unfit: list[tuple[Message, str]] = []
         floods: dict[int, _Flood] = {}
-        for number, some in by_partition.items():
+        for number, some in self._by_partition(messages).items():
             batch, refused, flood = self._decoded(number, some)
             unfit += refused
             if batch is not None:
@@ -229,7 +223,19 @@ class Service:
             partition.end_replay()
         for number, flood in floods.items():
             self._close_ahead_of(number, flood)
+            if self._patience.stop_asked:
+                return  # the rest does not count as read
             self._take(flood.messages)
+
+    def _by_partition(self, messages: Sequence[Message]) -> Mapping[int, Sequence[Message]]:
+        """Sort messages by partition; what came in the place of one goes to the assignment."""
+        by_partition: dict[int, list[Message]] = {}
+        for message in messages:
+            if message.error() is None:
+                by_partition.setdefault(message.partition(), []).append(message)
+            else:
+                self._assignment.on_error(message.error(), message.partition())
+        return by_partition
 
     def _decoded(
         self, number: int, messages: Sequence[Message]
@@ -268,7 +274,7 @@ class Service:
             "%s/%d: the log goes on after a pause that ends many of %s open blocks: closing them",
             self._topic, number, f"{store.open_blocks:,}",
         )  # fmt: skip
-        while store.are_ending(flood.time, PER_COMMIT):
+        while store.are_ending(flood.time, PER_COMMIT) and not self._patience.stop_asked:
             self._publish(self._detector.close_ending(number, flood.time, PER_COMMIT))
             self._say_alarms()
             partition.closed_some()
