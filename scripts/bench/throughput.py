@@ -18,13 +18,15 @@ _START = 1_704_067_200_000
 def pipeline(stage: Stage, options: Namespace) -> dict[str, Any]:
     """Run the bare loop, then the consumer with both deliveries, from the same topic; the cache is empty at first.
 
-    Warm is the second half of the topic.
+    Warm is the second half of the topic. The ceiling is the better of two bare loops, before and after: a broker gets
+    quicker with what it does.
     """
-    ceiling = _ceiling(stage, options.events)
+    before = _ceiling(stage, options.events)
     untuned = bare_loop(stage.trial(events_topic=stage.stream(options.events)).settings, {})
     drain = _drain(stage, options.events, delivery="exactly_once")
     exactly_once, warm = drain.rate(), drain.rate(options.events // 2)
     at_least_once = _drain(stage, options.events, delivery="at_least_once").rate()
+    ceiling = stage.known["ceiling"] = max(before, _bare_loop(stage, options.events))
     stage.known["pipeline_eps"] = exactly_once
     return {
         "pipeline_ratio": exactly_once / ceiling,
@@ -96,8 +98,12 @@ def hdfs_v1(stage: Stage, options: Namespace) -> dict[str, Any]:
 
 def _ceiling(stage: Stage, events: int) -> float:
     if "ceiling" not in stage.known:
-        stage.known["ceiling"] = bare_loop(stage.trial(events_topic=stage.stream(events)).settings, READ_AHEAD)
+        stage.known["ceiling"] = _bare_loop(stage, events)
     return float(stage.known["ceiling"])
+
+
+def _bare_loop(stage: Stage, events: int) -> float:
+    return bare_loop(stage.trial(events_topic=stage.stream(events)).settings, READ_AHEAD)
 
 
 def _drain(stage: Stage, events: int, **changes: Any) -> Drain:
