@@ -84,28 +84,29 @@ class FusedNetwork:
         found = torch.full(rows.shape, -torch.inf, device=self._device)  # (N, L)
         order, tiles = _tiles(lengths, self._tile)
         if len(tiles):
-            _forward[(len(tiles),)](
-                tokens,
-                self._sent(order),
-                self._sent(tiles),
-                found,
-                *weights,
-                rows.shape[1],
-                BOS=BOS,
-                PAD=PAD,
-                T=self._tile,
-                WIDTH=shape.width,
-                D=weights.token.shape[1],
-                K=weights.query.shape[2],
-                F=weights.up_bias.shape[2],
-                B=weights.logits_bias.shape[1],
-                LAYERS=shape.layers,
-                HEADS=shape.heads,
-                UPS=weights.up_bias.shape[1],
-                LOGITS=weights.logits_bias.shape[0],
-                num_warps=_WARPS,
-                num_stages=_STAGES,
-            )
+            with torch.cuda.device_of(tokens):  # Triton starts kernels on the current device, which may be another
+                _forward[(len(tiles),)](
+                    tokens,
+                    self._sent(order),
+                    self._sent(tiles),
+                    found,
+                    *weights,
+                    rows.shape[1],
+                    BOS=BOS,
+                    PAD=PAD,
+                    T=self._tile,
+                    WIDTH=shape.width,
+                    D=weights.token.shape[1],
+                    K=weights.query.shape[2],
+                    F=weights.up_bias.shape[2],
+                    B=weights.logits_bias.shape[1],
+                    LAYERS=shape.layers,
+                    HEADS=shape.heads,
+                    UPS=weights.up_bias.shape[1],
+                    LOGITS=weights.logits_bias.shape[0],
+                    num_warps=_WARPS,
+                    num_stages=_STAGES,
+                )
         ended = np.flatnonzero((rows == END).any(axis=1))  # (E,)
         if self._tally is not None and len(ended):
             of = self._sent(ended)
