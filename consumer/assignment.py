@@ -162,6 +162,14 @@ class Assignment:
                 self._seek(where)
         self._astray.clear()
 
+    def read_on(self, number: int) -> None:
+        """Go back to where a partition is read, though more came from the client.
+
+        Raises:
+            UserError: Kafka does not let it.
+        """
+        self._seek(TopicPartition(self._topic, number, self._partitions[number].position))
+
     def _seek(self, where: TopicPartition) -> None:
         deadline = time.monotonic() + 10
         while True:

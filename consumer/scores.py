@@ -15,8 +15,9 @@ from model.scoring import SCREEN_MARGIN, SCREEN_NOISE, Explanation, Rows, Scorer
 _NOWHERE, _NEW, _OLD = range(3)
 """Where a score is found."""
 
-_EXPLAINED_EVENTS = 500_000
-"""Events in remembered explanations at most, at some 40 bytes each: 10,000 windows of 50 events."""
+_EXPLAINED_EVENTS = 1_000_000
+"""Events in remembered explanations at most, at some 40 bytes each: 20,000 windows of 50 events, which is more than are
+scored at a time, so that none goes before it is asked for."""
 
 
 class _Generation(NamedTuple):
@@ -45,7 +46,7 @@ class LookScores:
         self.scorer = scorer
         self._threshold = threshold
         self._half = max(1, capacity // 2)
-        self._most_explained = max(1, min(self._half, _EXPLAINED_EVENTS // scorer.bundle.window))
+        self._most_explained = max(1, _EXPLAINED_EVENTS // scorer.bundle.window)
         self._new = self._old = _generation(0)
         self._explained: OrderedDict[int, Explanation] = OrderedDict()
         self.scored = 0
@@ -93,9 +94,9 @@ class LookScores:
 
     def _keep(self, key: int, explanation: Explanation) -> None:
         """Remember an explanation; the oldest goes when there are too many."""
-        if len(self._explained) >= self._most_explained:
-            self._explained.popitem(last=False)
         self._explained[key] = explanation
+        if len(self._explained) > self._most_explained:
+            self._explained.popitem(last=False)
 
     def _remember(self, hashes: NDArray[np.uint64], scores: NDArray[np.float64]) -> None:
         """Take in windows; what was not asked for since the last turn of the generations goes with the next one."""

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import NamedTuple
 
 import numpy as np
 from confluent_kafka import Message, TopicPartition
@@ -40,13 +39,6 @@ log = logging.getLogger("consumer")
 
 _REPORT_SECONDS = 60.0
 _STATUS_SECONDS = 1.0
-
-
-class _Flood(NamedTuple):
-    """Messages whose first one, by its time, in milliseconds, ends more sessions than one commit should hold."""
-
-    time: int
-    messages: Sequence[Message]
 
 
 class Service:
@@ -205,7 +197,7 @@ class Service:
         """Decode and judge messages; alerts and dead letters go to the delivery."""
         live: dict[int, EventBatch] = {}
         unfit: list[tuple[Message, str]] = []
-        floods: dict[int, _Flood] = {}
+        floods: dict[int, int] = {}
         for number, some in self._by_partition(messages).items():
             batch, refused, flood = self._decoded(number, some)
             unfit += refused
@@ -221,11 +213,8 @@ class Service:
             self._bury(message, reason)
         for partition in self._assignment.partitions.values():
             partition.end_replay()
-        for number, flood in floods.items():
-            self._close_ahead_of(number, flood)
-            if self._patience.stop_asked:
-                return  # the rest does not count as read
-            self._take(flood.messages)
+        for number, time_ahead in floods.items():
+            self._close_ahead_of(number, time_ahead)
 
     def _by_partition(self, messages: Sequence[Message]) -> Mapping[int, Sequence[Message]]:
         """Sort messages by partition; what came in the place of one goes to the assignment."""
@@ -239,10 +228,11 @@ class Service:
 
     def _decoded(
         self, number: int, messages: Sequence[Message]
-    ) -> "tuple[EventBatch | None, list[tuple[Message, str]], _Flood | None]":
-        """Return the events of a partition that are to be judged, what is no event, with the reason, and what waits.
+    ) -> tuple[EventBatch | None, list[tuple[Message, str]], int | None]:
+        """Return the events of a partition that are to be judged, and what is no event, with the reason.
 
-        Those that a predecessor has judged are taken in without publishing.
+        Those that a predecessor has judged are taken in without publishing. One that ends more sessions than a commit
+        should hold stays unread, with all behind it: then its time, in milliseconds, is returned, too.
         """
         partition = self._assignment.partitions.get(number)
         if partition is None:
@@ -259,27 +249,27 @@ class Service:
         if row is not None:
             partition.position = int(batch.offsets[row])
             end = int(np.searchsorted(columns.offsets, partition.position))
-            flood = _Flood(int(batch.times[row]), messages[end:])
+            flood = int(batch.times[row])
             batch = batch.rows(0, int(np.searchsorted(batch.offsets, partition.position)))
         self._patience.uncommitted += end - done
         return batch, [(messages[done + place], reason) for place, reason in refused if done + place < end], flood
 
-    def _close_ahead_of(self, number: int, flood: "_Flood") -> None:
-        """Close the sessions that the first of some messages ends, some with each commit, until few are left to it.
+    def _close_ahead_of(self, number: int, moment: int) -> None:
+        """Close some of the sessions that the next message ends, with a commit of their own; read on at that message.
 
         All in one transaction might take longer than it may last, again and again.
         """
-        partition, store = self._assignment.partitions[number], self._detector.store(number)
+        partition = self._assignment.partitions[number]
         log.info(
-            "%s/%d: the log goes on after a pause that ends many of %s open blocks: closing them",
-            self._topic, number, f"{store.open_blocks:,}",
+            "%s/%d: the log goes on after a pause that ends more than %s open blocks: closing so many first",
+            self._topic, number, f"{PER_COMMIT:,}",
         )  # fmt: skip
-        while store.are_ending(flood.time, PER_COMMIT) and not self._patience.stop_asked:
-            self._publish(self._detector.close_ending(number, flood.time, PER_COMMIT))
-            self._say_alarms()
-            partition.closed_some()
-            self._assignment.commit()
-            self._metrics.beat()
+        self._assignment.commit()  # what was sent before: to judge takes long, and the time of its transaction runs
+        self._publish(self._detector.close_ending(number, moment, PER_COMMIT))
+        self._say_alarms()
+        partition.closed_some()
+        self._assignment.commit()
+        self._assignment.read_on(number)
 
     def _look_for_crossings(self, numbers: Iterable[int]) -> None:
         stores = {number: self._detector.store(number) for number in self._assignment.partitions}

@@ -184,11 +184,8 @@ class WindowStore:
         ending = self._expiring(int(times[-1]) if len(times) else NO_WATERMARK, at_most + 1)
         if len(ending) <= at_most:
             return None
-        return int(np.searchsorted(times, int(self._sessions.rows["seen"][ending[-1]]) + self._idle, side="right"))
-
-    def are_ending(self, time: int, more_than: int) -> bool:
-        """Say whether the watermark's being at `time` would end more than so many sessions."""
-        return len(self._expiring(time, more_than + 1)) > more_than
+        latest = int(self._sessions.rows["seen"][ending].max())  # the last one's, as a rule
+        return int(np.searchsorted(times, latest + self._idle, side="right"))
 
     def close_ending(self, time: int, at_most: int) -> Iterator[Looks]:
         """Close so many of the sessions that end once the watermark is at `time`, and yield their last looks.

@@ -39,6 +39,9 @@ _WARPS, _STAGES = 4, 1
 
 _LOWEST = tl.constexpr(-1e30)
 
+_CHECKED, _TOLERANCE = 12, 1e-3
+"""Windows of different lengths in which the kernel must not be further than this from torch's float32."""
+
 
 class _Weights(NamedTuple):
     """What the kernel is given, in its order: inputs by outputs, filled up with zeros to powers of two."""
@@ -58,7 +61,11 @@ class _Weights(NamedTuple):
 
 
 class FusedNetwork:
-    """The network on a CUDA device; its kernel is compiled when this is made, or read from a cache on disk."""
+    """The network on a CUDA device; its kernel is compiled when this is made, or read from a cache on disk.
+
+    Raises:
+        RuntimeError: what was compiled computes something else.
+    """
 
     def __init__(self, network: Autoencoder, device: torch.device) -> None:
         self._shape = network.shape
@@ -66,7 +73,7 @@ class FusedNetwork:
         self._weights = _laid_out(network, device)
         self._tally = copy.deepcopy(network.tally).to(device) if network.tally is not None else None
         self._tile = max(_TILE, triton.next_power_of_2(network.shape.positions))
-        self.surprisals(np.ones((1, 1), np.uint16), np.ones(1, np.int64))
+        self._check(network)
 
     @staticmethod
     def fits(shape: Shape) -> bool:
@@ -112,6 +119,20 @@ class FusedNetwork:
             of = self._sent(ended)
             found[of] += self._tally.closing(tokens[of].long() & 0xFFFF)
         return found
+
+    def _check(self, network: Autoencoder) -> None:
+        """Compare windows of random tokens with torch's: compilers of kernels have bugs, and these would be silent."""
+        random, positions = np.random.default_rng(0), self._shape.positions
+        lengths = np.linspace(1, positions, _CHECKED).astype(np.int64)
+        rows = random.integers(END, self._shape.vocabulary, (len(lengths), positions)).astype(np.uint16)
+        rows[np.arange(positions) >= lengths[:, None]] = PAD
+        with torch.inference_mode():
+            expected = copy.deepcopy(network).cpu().eval().surprisals(torch.from_numpy(rows.astype(np.int64)))
+        found = self.surprisals(rows, lengths).cpu()
+        there = torch.from_numpy(rows != PAD)
+        off = float(((found - expected)[there].abs() / (1 + expected[there].abs())).max())
+        if not off < _TOLERANCE:
+            raise RuntimeError(f"it computes something else, {off:.1%} off")
 
     def _sent(self, values: NDArray[np.integer]) -> Tensor:
         """Copy to the device; from pinned memory that overlaps with what it does."""

@@ -146,7 +146,7 @@ class Scorer:
             part = rows[first : first + _PART]
             surprisal = torch.as_tensor(self._fast.surprisals(part, (part != PAD).sum(axis=1)))  # (N, L)
             scores.append(_pool(surprisal, self.strategy))
-        return torch.cat(scores).double().cpu().numpy() if scores else np.empty(0)  # the only wait for the device
+        return torch.cat(scores).cpu().double().numpy() if scores else np.empty(0)  # the only wait for the device
 
     def exact(self, rows: Rows) -> NDArray[np.float64]:
         """Return the exact scores of `rows`: (N,) in nats, on the grid."""
@@ -191,7 +191,7 @@ class Scorer:
     def _scores(self, network: Autoencoder, rows: Rows) -> NDArray[np.float64]:
         scores = torch.empty(len(rows), dtype=torch.float64)
         for chosen, tokens in _passes(network, rows):
-            scores[chosen] = _pool(network.surprisals(tokens), self.strategy).double().cpu()
+            scores[chosen] = _pool(network.surprisals(tokens), self.strategy).cpu().double()
         return scores.numpy()
 
 

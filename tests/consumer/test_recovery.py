@@ -67,7 +67,8 @@ class Machine:
             until = end if row is None else int(batch.offsets[row])
             self.pending += self.detector.process({PARTITION: batch_of(vocabulary, self.events, self.position, until)})
             self.position = until
-            while row is not None and store.are_ending(int(batch.times[row]), checkpoint.PER_COMMIT):
+            if row is not None:
+                self.commit()
                 self.pending += self.detector.close_ending(PARTITION, int(batch.times[row]), checkpoint.PER_COMMIT)
                 self.commit()
                 portions -= 1

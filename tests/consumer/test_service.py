@@ -359,36 +359,20 @@ def test_an_event_that_ends_many_sessions_waits_until_they_are_closed_commit_by_
         return [Message(0, offset, f"x{offset}") for offset in range(5)]
 
     def goes_on():
-        delivery.fails = fails and not member.sought
-        return [Garbage(0, 5, "g"), Message(0, 6, "late", time=10**9), Garbage(0, 7, "h")]
+        return [Garbage(0, 5, "g"), *rest()]
 
-    def stop():
-        pass
+    def rest():
+        delivery.fails = fails and (0, 0) not in member.sought
+        return [Message(0, 6, "late", time=10**9), Garbage(0, 7, "h")]
 
-    play(begin, goes_on, *([opening, goes_on] if fails else []), stop)
-    assert member.sought == ([(0, 0)] if fails else [])
+    play(begin, goes_on, *([opening, goes_on] if fails else []), rest, rest)
+    assert member.sought == [(0, 0), (0, 6), (0, 6)] if fails else [(0, 6), (0, 6)]
     offsets, sent, closed = zip(*delivery.commits, strict=True)
-    assert offsets == ({0: 6}, {0: 6}, {0: 8})
-    assert sent == ([b"x0", b"x1", b"x2", b"x3", b"x4", b"g"], [], [b"late", b"h"])
-    assert closed[0][:2] == ["x0", "x1"]
-    assert closed[1] == ["x2", "x3"]
-    assert closed[2] == ["late"]
-
-
-@pytest.mark.usefixtures("clock")
-def test_a_stop_while_sessions_are_closed_leaves_the_rest_to_a_successor(play, delivery, member, monkeypatch):
-    monkeypatch.setattr("consumer.service.PER_COMMIT", 2)
-
-    def begin():
-        member.rebalance("assign", 0)
-        return [Message(0, offset, f"x{offset}") for offset in range(5)]
-
-    def goes_on_and_stops():
-        return [Message(0, 5, "late", time=10**9)]
-
-    play(begin, goes_on_and_stops)
-    assert delivery.committed == {0: 5}
-    assert delivery.alerted == [b"x0", b"x1", b"x2", b"x3", b"x4"]
+    assert offsets == ({0: 6}, {0: 6}, {0: 6}, {0: 6}, {0: 8})
+    assert sent == ([b"x0", b"x1", b"x2", b"x3", b"x4", b"g"], [], [], [], [b"late", b"h"])
+    assert closed[1] == ["x0", "x1"]
+    assert closed[3] == ["x2", "x3"]
+    assert closed[4] == ["late"]
 
 
 def test_waiting_for_brokers_is_no_reason_to_be_called_dead(play, member, caplog, monkeypatch):

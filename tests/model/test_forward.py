@@ -23,7 +23,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # looked at when the kernel is declared
 
-from model.fused import FusedNetwork  # noqa: E402
+try:
+    from model.fused import FusedNetwork
+except ImportError:  # torch brings Triton on Linux only
+    FusedNetwork = None
+needs_triton = pytest.mark.skipif(FusedNetwork is None, reason="there is no Triton")
 
 # (vocabulary, window, width, heads, layers, feedforward, tallied): heads of 1 to 16 numbers, odd sizes, 1 to 3 layers
 SHAPES = [
@@ -46,10 +50,9 @@ def network(shape):
 
 
 made = {shape: network(shape) for shape in SHAPES}
-forms = {
-    "compiled": {shape: CompiledNetwork(one) for shape, one in made.items()},
-    "fused": {shape: FusedNetwork(one, DEVICE) for shape, one in made.items()},
-}
+forms = {"compiled": {shape: CompiledNetwork(one) for shape, one in made.items()}}
+if FusedNetwork is not None:
+    forms["fused"] = {shape: FusedNetwork(one, DEVICE) for shape, one in made.items()}
 exact = {shape: copy.deepcopy(one).double() for shape, one in made.items()}
 
 
@@ -67,7 +70,7 @@ def surprisals(network, rows, lengths):
     return torch.as_tensor(network.surprisals(rows, lengths)).cpu().numpy()
 
 
-@pytest.mark.parametrize(("form", "most"), [("compiled", 80), ("fused", 12)])
+@pytest.mark.parametrize(("form", "most"), [("compiled", 80), pytest.param("fused", 12, marks=needs_triton)])
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_surprisals_are_those_of_torch_and_nothing_lies_behind_them(form, most, data):
@@ -88,7 +91,9 @@ def test_no_window_no_surprisal(form):
     assert found.shape == (0, 52)
 
 
-@pytest.mark.parametrize("make", [CompiledNetwork, lambda network: FusedNetwork(network, DEVICE)])
+@pytest.mark.parametrize(
+    "make", [CompiledNetwork, pytest.param(lambda network: FusedNetwork(network, DEVICE), marks=needs_triton)]
+)
 def test_far_apart_logits_stay_finite(make):
     shape = SHAPES[1]
     loud = copy.deepcopy(made[shape])
@@ -103,6 +108,21 @@ def test_far_apart_logits_stay_finite(make):
     assert found[0, 1:] == pytest.approx(expected[1:].numpy(), rel=1e-3, abs=1e-2)
 
 
+@needs_triton
+def test_a_kernel_that_computes_something_else_is_refused(monkeypatch):
+    from model import fused  # noqa: PLC0415 - not everywhere
+
+    def wrongly(network, device, laid_out=fused._laid_out):
+        other = copy.deepcopy(network)
+        other.bias.data[4] += 0.1
+        return laid_out(other, device)
+
+    monkeypatch.setattr(fused, "_laid_out", wrongly)
+    with pytest.raises(RuntimeError, match="something else"):
+        FusedNetwork(made[SHAPES[1]], DEVICE)
+
+
+@needs_triton
 def test_a_window_that_does_not_fit_into_a_tile_does_not_fit():
     assert FusedNetwork.fits(Shape(*SHAPES[0]))
     assert not FusedNetwork.fits(Shape(19, 127, 64, 4, 2, 128))
