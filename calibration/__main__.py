@@ -23,7 +23,7 @@ from model.cli import argument_parser, console, milliseconds_of, progress_bar, r
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
-from model.sessions import read_normal, read_sessions
+from model.sessions import NormalSessions, read_normal, read_sessions
 
 _FROM_SETTINGS = ""
 
@@ -50,7 +50,7 @@ def main() -> None:
     scorer = Scorer(Bundle.load(settings.model.path), settings.calibration.strategy, choose(settings.device))
 
     if arguments.topic is None:
-        observed = _from_files(arguments, settings, scorer)
+        observed = _from_files(arguments, settings, scorer, begin, end)
     else:
         observed = _from_topic(arguments.topic or settings.topics.events, settings, scorer, begin, end)
     quantile = settings.calibration.quantile
@@ -96,8 +96,18 @@ def _parser() -> ArgumentParser:
         metavar="TOPIC",
         help="normal traffic from this event topic (default: topics.events of the settings)",
     )
-    parser.add_argument("--from", dest="begin", metavar="TIME", help="with --topic: event time at which to begin")
-    parser.add_argument("--to", dest="end", metavar="TIME", help="with --topic: event time before which to end")
+    parser.add_argument(
+        "--from",
+        dest="begin",
+        metavar="TIME",
+        help="event time at which to begin; of files: take blocks that begin from then on",
+    )
+    parser.add_argument(
+        "--to",
+        dest="end",
+        metavar="TIME",
+        help="event time before which to end; of files: take blocks that are over by then",
+    )
     parser.add_argument(
         "--target-alerts-per-day",
         type=float,
@@ -121,8 +131,6 @@ def _parser() -> ArgumentParser:
 
 
 def _check(arguments: Namespace, begin: int | None, end: int | None) -> None:
-    if arguments.topic is None and (begin is not None or end is not None):
-        raise UserError("--from and --to belong to --topic: files are read whole")
     if begin is not None and end is not None and begin >= end:
         raise UserError("--from should be earlier than --to")
     if arguments.target_alerts_per_day is not None and not 0 < arguments.target_alerts_per_day < np.inf:
@@ -131,13 +139,18 @@ def _check(arguments: Namespace, begin: int | None, end: int | None) -> None:
         raise UserError(f"--prior {arguments.prior:g}: a share between 0 and 1 is needed, such as 0.03")
 
 
-def _from_files(arguments: Namespace, settings: Settings, scorer: Scorer) -> Observed:
-    normal = read_normal(arguments.normal, scorer.bundle.lines)
+def _from_files(
+    arguments: Namespace, settings: Settings, scorer: Scorer, begin: int | None, end: int | None
+) -> Observed:
+    normal = read_normal(arguments.normal, scorer.bundle.lines, begin=begin, end=end)
     counts = f"{len(normal.sessions):,} normal sessions, {normal.left_out:,} anomalous ones left out"
-    source = [*normal.files, counts]
+    outside = f", {normal.outside:,} not as a whole in the time range" if normal.outside else ""
+    source = [*normal.files, counts + outside]
     for line in source:
         console.print(line)
     quantile = settings.calibration.quantile
+    if young := _young(normal, milliseconds(settings.windows.idle_timeout), quantile):
+        console.print(f"[yellow]{young}[/]")
     if len(normal.sessions) < blocks_needed(quantile) and arguments.target_alerts_per_day is None:
         raise UserError(
             f"{len(normal.sessions):,} normal sessions are too few for calibration.quantile {quantile:g}: it takes at "
@@ -150,8 +163,20 @@ def _from_files(arguments: Namespace, settings: Settings, scorer: Scorer) -> Obs
         f"{sum(map(len, scores.looks)):,} looks, {scores.distinct:,} distinct windows, "
         f"{time.monotonic() - started:.0f} s"
     )
-    per_day = blocks_per_day(len(normal.sessions), normal.spans) if normal.spans else None
+    per_day = blocks_per_day(normal.begun, normal.spans) if normal.spans else None
     return Observed(scores.blocks, scores.highest, per_day, source)
+
+
+def _young(normal: NormalSessions, idle_timeout: int, quantile: float) -> str | None:
+    """Return a warning if more blocks than may alert spoke so lately, in milliseconds, that they may not be over."""
+    lasts = [session.lived[1] for session in normal.sessions if session.lived]
+    young = sum(last > (normal.latest or 0) - idle_timeout for last in lasts)
+    if young <= (1 - quantile) * len(normal.sessions):
+        return None
+    return (
+        f"{young:,} of these blocks spoke less than windows.idle_timeout before their log ends: they may not be over, "
+        "and are calibrated on as if they were; --to TIME leaves out what is not over by then"
+    )
 
 
 def _from_topic(topic: str, settings: Settings, scorer: Scorer, begin: int | None, end: int | None) -> Observed:

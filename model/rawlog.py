@@ -67,13 +67,15 @@ def read(path: Path, read_line: Read[Event]) -> Iterator[tuple[int | None, str, 
             yield last, block, event
 
 
-def sessions(events: Iterable[tuple[int | None, str, Event]]) -> tuple[dict[str, list[Event]], tuple[int, int] | None]:
-    """Return the events of each block, in order, and the first and last time in milliseconds since 1970, if any."""
+def sessions(
+    events: Iterable[tuple[int | None, str, Event]],
+) -> tuple[dict[str, list[Event]], dict[str, tuple[int, int]]]:
+    """Return the events of each block, in order, and its first and last time in milliseconds since 1970, if any."""
     found: dict[str, list[Event]] = {}
-    begin = end = None
+    lived: dict[str, tuple[int, int]] = {}
     for time, block, event in events:
         found.setdefault(block, []).append(event)
         if time is not None:
-            begin = time if begin is None else min(begin, time)
-            end = time if end is None else max(end, time)
-    return found, None if begin is None or end is None else (begin, end)
+            first, last = lived.get(block, (time, time))
+            lived[block] = min(first, time), max(last, time)
+    return found, lived

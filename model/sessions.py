@@ -2,8 +2,8 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
@@ -29,11 +29,17 @@ _FIRST_EVENT = 1_000_000_000_000  # 2001-09-09T01:46:40Z: when the events of fil
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The events of one block, in order. `anomalous` is None where the file does not say."""
+    """The events of one block, in order.
+
+    Attributes:
+        anomalous: None where the file does not say.
+        lived: first and last event time in milliseconds since 1970; None where the file holds no times.
+    """
 
     block_id: str
     events: tuple[str, ...]
     anomalous: bool | None = None
+    lived: tuple[int, int] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +57,18 @@ class SessionFile:
 
     Attributes:
         labels: the file beside it that the labels came from, if any.
-        span: first and last event time in milliseconds since 1970; None where the file holds no times.
     """
 
     path: Path
     format: str
     sessions: list[Session]
     labels: Path | None
-    span: tuple[int, int] | None = None
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """First and last event time in milliseconds since 1970; None where the file holds no times."""
+        lives = [session.lived for session in self.sessions if session.lived]
+        return (min(first for first, _ in lives), max(last for _, last in lives)) if lives else None
 
     def __str__(self) -> str:
         summary = f"{self.path}: {self.format}, {len(self.sessions):,} sessions"
@@ -73,13 +83,22 @@ class SessionFile:
 class NormalSessions:
     """The sessions of several files that no label calls anomalous.
 
-    `files` describes what was read; `spans` are those of the files, None where one of them holds no times.
+    Attributes:
+        left_out: how many are called so.
+        outside: how many others are not as a whole in the time range that was asked for.
+        begun: how many begin in it, those that are not as a whole in it included.
+        files: describes what was read.
+        spans: those of the files within the range; None where one of them holds no times.
+        latest: the last event time of all files, in milliseconds since 1970; None where none holds times.
     """
 
     sessions: list[Session]
     left_out: int
+    outside: int
+    begun: int
     files: list[str]
     spans: list[tuple[int, int]] | None
+    latest: int | None
 
 
 class _Line(msgspec.Struct, gc=False):
@@ -97,31 +116,50 @@ def read_sessions(path: Path, lines: LineFormat | None = None) -> SessionFile:
     Raises:
         UserError: the file cannot be read or understood; the message names the line.
     """
-    kind, sessions, span = _parse(path, lines)
-    return replace(_labelled(path, kind, sessions), span=span)
+    kind, sessions = _parse(path, lines)
+    return _labelled(path, kind, sessions)
 
 
-def read_normal(paths: Sequence[Path], lines: LineFormat | None = None) -> NormalSessions:
+def read_normal(
+    paths: Sequence[Path], lines: LineFormat | None = None, *, begin: int | None = None, end: int | None = None
+) -> NormalSessions:
     """Read several files and leave out what a label calls anomalous; sessions without label count as normal.
 
-    `lines` is as for `read_sessions`.
+    Args:
+        paths: the files.
+        lines: as for `read_sessions`.
+        begin: take only sessions all of whose events are from this time on, in milliseconds since 1970: half a session
+            is not what a healthy one looks like.
+        end: and from before this time.
 
     Raises:
-        UserError: as `read_sessions`.
+        UserError: as `read_sessions`; or a range is asked for, and a file holds no times.
     """
     normal: list[Session] = []
     files = []
     spans = []
-    left_out = 0
+    left_out = outside = begun = 0
+    latest: int | None = None
+    since, until = (0 if begin is None else begin), (_LATEST + 1 if end is None else end)
     for path in paths:
         file = read_sessions(path, lines)
-        kept = [session for session in file.sessions if not session.anomalous]
-        left_out += len(file.sessions) - len(kept)
-        normal.extend(kept)
+        healthy = [session for session in file.sessions if not session.anomalous]
+        left_out += len(file.sessions) - len(healthy)
         files.append(str(file))
+        if file.span is None and (begin is not None or end is not None):
+            raise UserError(f"{path}: {file.format} without times, so --from and --to cannot choose from it")
+        kept = [session for session in healthy if _lies_within(session, since, until)]
+        begun += sum(session.lived is None or since <= session.lived[0] < until for session in healthy)
+        outside += len(healthy) - len(kept)
+        normal.extend(kept)
         if file.span:
-            spans.append(file.span)
-    return NormalSessions(normal, left_out, files, spans if len(spans) == len(files) else None)
+            latest = max(latest or 0, file.span[1])
+            spans.append((max(file.span[0], since), min(file.span[1], until - 1)))
+    return NormalSessions(normal, left_out, outside, begun, files, spans if len(spans) == len(files) else None, latest)
+
+
+def _lies_within(session: Session, since: int, until: int) -> bool:
+    return session.lived is None or (since <= session.lived[0] and session.lived[1] < until)
 
 
 def read_events(path: Path) -> Iterator[Event]:
@@ -168,25 +206,23 @@ def read_labels(path: Path) -> dict[str, bool]:
         return {row[block]: _anomalous(path, number, row[label]) for number, row in rows}
 
 
-def _parse(path: Path, lines_format: LineFormat | None) -> tuple[str, list[Session], tuple[int, int] | None]:
-    """Return what the file is, for people, the sessions as it tells them, and the time that they span."""
+def _parse(path: Path, lines_format: LineFormat | None) -> tuple[str, list[Session]]:
+    """Return what the file is, for people, and the sessions as it tells them."""
     if lines_format is not None and rawlog.is_raw(path, lines_format.rules):
         reader = LineReader(lines_format)
-        found, span = rawlog.sessions(rawlog.read(path, reader.read))
-        return rawlog.KIND, [Session(block, tuple(map(intern, ids))) for block, ids in found.items()], span
+        return rawlog.KIND, _timed(*rawlog.sessions(rawlog.read(path, reader.read)))
     with opened(path) as lines:
         first, rest = _begin(path, lines)
         if first.startswith("{"):
-            return _JSONL, [_session(path, number, line) for number, line in enumerate(rest, 1) if line.strip()], None
+            return _JSONL, [_session(path, number, line) for number, line in enumerate(rest, 1) if line.strip()]
         header, rows = _table(path, rest)
         if _is_traces(path, header):
-            return "Event_traces CSV", list(_traces(path, header, rows)), None
-        events: dict[str, list[str]] = {}
-        begin, end = _LATEST, 0
-        for time, block, event in _csv_events(path, header, rows):
-            begin, end = min(begin, time), max(end, time)
-            events.setdefault(block, []).append(intern(event))
-        return "event CSV", [Session(block, tuple(ids)) for block, ids in events.items()], (begin, end)
+            return "Event_traces CSV", list(_traces(path, header, rows))
+        return "event CSV", _timed(*rawlog.sessions(_csv_events(path, header, rows)))
+
+
+def _timed(found: Mapping[str, Iterable[str]], lived: Mapping[str, tuple[int, int]]) -> list[Session]:
+    return [Session(block, tuple(map(intern, ids)), lived=lived.get(block)) for block, ids in found.items()]
 
 
 def labels_beside(path: Path) -> Path | None:
@@ -227,7 +263,7 @@ def _csv_events(path: Path, header: list[str], rows: Iterator[tuple[int, list[st
             text, time = row[when], _milliseconds(path, number, row[when])
         if not row[block] or not row[event]:
             raise UserError(f"{path}, line {number}: block_id or event_id is empty; mend or remove the line")
-        yield time, row[block], row[event]
+        yield time, row[block], intern(row[event])
 
 
 def _interleaved(sessions: list[Session]) -> Iterator[Event]:
@@ -271,7 +307,7 @@ def _labelled(path: Path, kind: str, sessions: list[Session]) -> SessionFile:
     if not known[True]:
         raise UserError(f"{beside}: labels none of the {len(sessions):,} blocks of {path.name}; move it away "
                         "or give the right one")  # fmt: skip
-    labelled = [Session(item.block_id, item.events, labels.get(item.block_id)) for item in sessions]
+    labelled = [replace(item, anomalous=labels.get(item.block_id)) for item in sessions]
     return SessionFile(path, kind, labelled, beside)
 
 

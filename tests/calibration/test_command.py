@@ -13,6 +13,7 @@ from calibration.__main__ import main
 from model.bundle import Bundle
 from model.cli import run as command
 from model.network import Autoencoder, Shape
+from model.sessions import read_sessions
 from model.vocabulary import Vocabulary
 from scripts.simulator import simulate, write
 from scripts.systems import HDFS
@@ -73,11 +74,24 @@ def test_a_target_chooses_the_quantile(folder):
     assert re.search("takes at least (999|1,000) calibration blocks, and there are 400", done.stderr)
 
 
+def test_blocks_that_may_not_be_over_are_warned_of_and_can_be_left_out(folder):
+    normal = folder / "events.csv.gz"
+    first, last = read_sessions(normal).span
+    done = run(folder, "--normal", normal, "--no-report")
+    assert "400 of these blocks spoke less than windows.idle_timeout before their log ends" in flat(done.stdout)
+    done = run(folder, "--normal", normal, "--no-report", "--to", (first + last) // 2)
+    assert re.search(r"\d+ normal sessions, .* left out, \d+ not as a whole in the time range", flat(done.stdout))
+
+
+def flat(text):
+    return " ".join(text.split())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--normal", "sessions.jsonl", "--target-alerts-per-day", "5"], "give an event CSV with its timestamps"),
-        (["--normal", "sessions.jsonl", "--from", "2024-01-01"], "--from and --to belong to --topic"),
+        (["--normal", "sessions.jsonl", "--from", "2024-01-01"], "without times, so --from and --to cannot choose"),
         (["--topic", "--from", "2024-01-02", "--to", "2024-01-01"], "--from should be earlier than --to"),
         (["--topic", "--from", "yesterday"], "--from yesterday: write a time like"),
         (["--topic", "--target-alerts-per-day", "0"], "should be greater than 0"),

@@ -359,6 +359,22 @@ def test_normal_leaves_the_anomalous_blocks_of_the_real_replay_out():
     assert (len(normal.sessions), normal.left_out) == (11_501 - 350 + 5_000, 350)
 
 
+def test_a_time_range_takes_sessions_that_lie_within_it_as_a_whole(give):
+    path = give("timestamp,block_id,event_id\n1000,a,E1\n2000,b,E1\n3000,a,E2\n4000,b,E2\n5000,c,E1\n", "events.csv")
+    for begin, end, inside, begun, span in [
+        (None, None, "abc", 3, (1000, 5000)),
+        (1500, None, "bc", 2, (1500, 5000)),
+        (None, 4000, "a", 2, (1000, 3999)),
+        (1500, 4000, "", 1, (1500, 3999)),
+    ]:
+        normal = read_normal([path], begin=begin, end=end)
+        assert [session.block_id for session in normal.sessions] == list(inside)
+        assert (normal.outside, normal.begun) == (3 - len(inside), begun)
+        assert (normal.spans, normal.latest) == ([span], 5000)
+    with pytest.raises(UserError, match="Event_traces CSV without times"):
+        read_normal([give(TRACES, "traces.csv")], end=1000)
+
+
 def test_only_event_files_know_the_time_that_they_span(give):
     first, last = 1226262930000, 1226262931000
     events = give(EVENTS, "events.csv")
