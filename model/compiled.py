@@ -9,7 +9,6 @@ and its place only, and come from a table. Only the tally of the few windows tha
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg.cython_blas  # noqa: F401 - what numba multiplies with: loaded before it is told to use one thread
@@ -18,7 +17,7 @@ from numba import config
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from model.folded import folded
+from model.folded import Folded, folded
 from model.jit import njit
 from model.network import Autoencoder
 from model.vocabulary import BOS, END
@@ -57,29 +56,11 @@ _compile = njit(fastmath=True, error_model="numpy", nogil=True, cache=True)
 _inline = njit(fastmath=True, error_model="numpy", inline="always")
 
 
-class Weights(NamedTuple):
-    """The network's weights as the compiled loops want them; those of the layers are stacked."""
-
-    token: Floats  # (D, V)
-    position: Floats  # (D, P)
-    table: Floats  # (3 D, V P), the first layer's product with qkv for each token at each place; or (3 D, 0)
-    qkv: Floats  # (layers, 3 D, D)
-    query: Floats  # (layers, D), the bias
-    out: Floats  # (layers, D, D)
-    out_bias: Floats  # (layers, D)
-    up: Floats  # (layers, FF, D)
-    up_bias: Floats  # (layers, FF)
-    down: Floats  # (layers, D, FF)
-    down_bias: Floats  # (layers, D)
-    logits: Floats  # (V, D)
-    logits_bias: Floats  # (V,)
-
-
 class CompiledNetwork:
     """The network on the CPU cores that numba may use; compiled when this is made, or read from a cache on disk."""
 
     def __init__(self, network: Autoencoder) -> None:
-        self._weights = _laid_out(network)
+        self._weights, self._table = _laid_out(network)
         self._tally = copy.deepcopy(network.tally)
         self._heads = network.shape.heads
         self._tile = min(_TILE, _LOGITS // network.shape.vocabulary)
@@ -99,7 +80,7 @@ class CompiledNetwork:
 
         def forward(share: NDArray[np.int64]) -> None:
             if len(share):
-                _forward(rows, lengths, share, self._weights, self._heads, self._tile, found)
+                _forward(rows, lengths, share, self._weights, self._table, self._heads, self._tile, found)
 
         with self._blas.limit(limits=1):  # each of our threads multiplies on its own
             for _ in self._pool.map(forward, [order[first::threads].copy() for first in range(threads)]):
@@ -111,7 +92,12 @@ class CompiledNetwork:
         return found
 
 
-def _laid_out(network: Autoencoder) -> Weights:
+def _laid_out(network: Autoencoder) -> tuple[Folded, Floats]:
+    """Return the weights as the compiled loops want them, and the table of the first layer's queries, keys and values.
+
+    The weights are in float32, `token` (D, V) and `position` (D, P). The table is (3 D, V P), or (3 D, 0) if it would
+    be large.
+    """
     weights = folded(network)
     width = network.shape.width
     table = np.empty((3 * width, 0))
@@ -119,11 +105,11 @@ def _laid_out(network: Autoencoder) -> Weights:
         x = (weights.token[:, None] + weights.position).reshape(-1, width)  # (V P, D)
         x -= x.mean(axis=1, keepdims=True)
         table = weights.qkv[0] @ (x / np.sqrt(x.var(axis=1, keepdims=True) + float(_EPSILON))).T
-    parts = weights._replace(token=weights.token.T, position=weights.position.T)._asdict()
-    return Weights(table=_contiguous(table), **{name: _contiguous(part) for name, part in parts.items()})
+    turned = weights._replace(token=weights.token.T, position=weights.position.T)
+    return Folded._make(map(_contiguous, turned)), _contiguous(table)
 
 
-def _contiguous(values: NDArray[np.float64]) -> Floats:
+def _contiguous(values: NDArray[np.floating]) -> Floats:
     return np.ascontiguousarray(values, np.float32)
 
 
@@ -279,7 +265,7 @@ def _surprise(logits, bias, tokens, highest, surprisal):
 
 
 @_compile
-def _forward(rows, lengths, share, weights, heads, tile, found):
+def _forward(rows, lengths, share, weights, table, heads, tile, found):
     """Write the surprisals of a share of `rows` (N, L), given in order of its lengths, to `found` (N, L)."""
     layers, feedforward, width = weights.up.shape
     longest = lengths[share[-1]]
@@ -313,8 +299,8 @@ def _forward(rows, lengths, share, weights, heads, tile, found):
                 x[d, t] = weights.token[d, tokens[t]]
                 change[d, t] = weights.position[d, places[t]]
         for layer in range(layers):
-            if layer == 0 and weights.table.size:
-                _look_up(weights.table, tokens, places, weights.position.shape[1], entries, qkv)
+            if layer == 0 and table.size:
+                _look_up(table, tokens, places, weights.position.shape[1], entries, qkv)
                 x += change
             else:
                 _add_and_normalise(x, change, bias, y, mean[:count], scale[:count])

@@ -11,28 +11,28 @@ from numpy.typing import NDArray
 
 from model.network import Autoencoder
 
-Doubles = NDArray[np.float64]
+Array = NDArray[np.floating]
 
 
 class Folded(NamedTuple):
-    """Weights in float64; those of the layers are stacked. A linear layer's are (out, in)."""
+    """The weights; those of the layers are stacked. A linear layer's are (out, in)."""
 
-    token: Doubles  # (V, D)
-    position: Doubles  # (P, D)
-    qkv: Doubles  # (layers, 3 D, D)
-    query: Doubles  # (layers, D), the bias
-    out: Doubles  # (layers, D, D)
-    out_bias: Doubles  # (layers, D)
-    up: Doubles  # (layers, FF, D)
-    up_bias: Doubles  # (layers, FF)
-    down: Doubles  # (layers, D, FF)
-    down_bias: Doubles  # (layers, D)
-    logits: Doubles  # (V, D)
-    logits_bias: Doubles  # (V,)
+    token: Array  # (V, D)
+    position: Array  # (P, D)
+    qkv: Array  # (layers, 3 D, D)
+    query: Array  # (layers, D), the bias
+    out: Array  # (layers, D, D)
+    out_bias: Array  # (layers, D)
+    up: Array  # (layers, FF, D)
+    up_bias: Array  # (layers, FF)
+    down: Array  # (layers, D, FF)
+    down_bias: Array  # (layers, D)
+    logits: Array  # (V, D)
+    logits_bias: Array  # (V,)
 
 
 def folded(network: Autoencoder) -> Folded:
-    """Fold what is constant after training into the matrices next to it."""
+    """Fold what is constant after training into the matrices next to it; all in float64."""
     state = {name: weight.detach().cpu().double().numpy() for name, weight in network.state_dict().items()}
     width, heads = network.shape.width, network.shape.heads
     layers = []

@@ -127,7 +127,7 @@ class FusedNetwork:
         rows = random.integers(END, self._shape.vocabulary, (len(lengths), positions)).astype(np.uint16)
         rows[np.arange(positions) >= lengths[:, None]] = PAD
         with torch.inference_mode():
-            expected = copy.deepcopy(network).cpu().eval().surprisals(torch.from_numpy(rows.astype(np.int64)))
+            expected = network.surprisals(torch.from_numpy(rows.astype(np.int64)))
         found = self.surprisals(rows, lengths).cpu()
         there = torch.from_numpy(rows != PAD)
         off = float(((found - expected)[there].abs() / (1 + expected[there].abs())).max())
@@ -162,7 +162,7 @@ def _laid_out(network: Autoencoder, device: torch.device) -> _Weights:
     d, k = _power(width), _power(width // heads)
     ups, logits = -(-shape.feedforward // _BLOCK), -(-shape.vocabulary // _BLOCK)
 
-    def filled(values: NDArray[np.float64], *sizes: int, by: float = 0) -> Tensor:
+    def filled(values: NDArray[np.floating], *sizes: int, by: float = 0) -> Tensor:
         sizes = values.shape[: values.ndim - len(sizes)] + sizes
         extra = [(0, size - there) for size, there in zip(sizes, values.shape, strict=True)]
         return torch.from_numpy(np.pad(values, extra, constant_values=by)).float().contiguous().to(device)

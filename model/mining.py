@@ -8,7 +8,7 @@ from typing import cast
 from model import rawlog
 from model.errors import UserError
 from model.lines import LineCutter, LineFormat, LineRules
-from model.sessions import Session, labels_beside, read_labels
+from model.sessions import Session, labels_beside, lies_within, read_labels
 from model.templates import Matcher, event_id, learn
 
 
@@ -38,6 +38,10 @@ class _Block:
     first: int | None
     last: int | None
     shapes: list[int]
+
+    @property
+    def lived(self) -> tuple[int, int] | None:
+        return None if self.first is None or self.last is None else (self.first, self.last)
 
 
 def mine(
@@ -88,7 +92,7 @@ def mine(
         raise UserError(f"the labels name none of the {len(blocks):,} blocks of the log; give the right ones")
 
     healthy = {name: block for name, block in blocks.items() if not anomalous.get(name)}
-    kept = {name: block for name, block in healthy.items() if _lies_within(block, begin, end)}
+    kept = {name: block for name, block in healthy.items() if lies_within(block.lived, begin, end)}
     if not kept:
         raise UserError("no healthy block is left to train on; give a longer log, other labels or a longer range")
     seen = {number for block in kept.values() for number in block.shapes}
@@ -104,11 +108,3 @@ def mine(
         len(healthy) - len(kept),
         notes,
     )
-
-
-def _lies_within(block: _Block, begin: int | None, end: int | None) -> bool:
-    if begin is None and end is None:
-        return True
-    if block.first is None or block.last is None:
-        return False
-    return (begin is None or begin <= block.first) and (end is None or block.last < end)

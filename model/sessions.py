@@ -146,20 +146,28 @@ def read_normal(
         healthy = [session for session in file.sessions if not session.anomalous]
         left_out += len(file.sessions) - len(healthy)
         files.append(str(file))
-        if file.span is None and (begin is not None or end is not None):
+        span = file.span
+        if span is None and (begin is not None or end is not None):
             raise UserError(f"{path}: {file.format} without times, so --from and --to cannot choose from it")
-        kept = [session for session in healthy if _lies_within(session, since, until)]
-        begun += sum(session.lived is None or since <= session.lived[0] < until for session in healthy)
+        kept = [session for session in healthy if lies_within(session.lived, begin, end)]
+        starts = [(session.lived[0], session.lived[0]) if session.lived else None for session in healthy]
+        begun += sum(lies_within(start, begin, end) for start in starts)
         outside += len(healthy) - len(kept)
         normal.extend(kept)
-        if file.span:
-            latest = max(latest or 0, file.span[1])
-            spans.append((max(file.span[0], since), min(file.span[1], until - 1)))
+        if span:
+            latest = max(latest or 0, span[1])
+            spans.append((max(span[0], since), min(span[1], until - 1)))
     return NormalSessions(normal, left_out, outside, begun, files, spans if len(spans) == len(files) else None, latest)
 
 
-def _lies_within(session: Session, since: int, until: int) -> bool:
-    return session.lived is None or (since <= session.lived[0] and session.lived[1] < until)
+def lies_within(lived: tuple[int, int] | None, begin: int | None, end: int | None) -> bool:
+    """Say whether a block whose first and last event are of these times is as a whole from `begin` on, before `end`.
+
+    All times are in milliseconds since 1970; without a range every block is, without times none is in a range.
+    """
+    if begin is None and end is None:
+        return True
+    return lived is not None and (begin is None or begin <= lived[0]) and (end is None or lived[1] < end)
 
 
 def read_events(path: Path) -> Iterator[Event]:
