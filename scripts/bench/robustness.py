@@ -5,10 +5,10 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
-from datetime import timedelta
 from random import Random
 from typing import Any
 
+from consumer.settings import milliseconds
 from model.errors import UserError
 from model.sessions import Event
 from scripts.alerts import TopicReader
@@ -20,8 +20,6 @@ _UNKNOWN = "never seen before"
 _FIRST_ALERT_SECONDS = 300.0
 _MID_LIFE = 3
 """Events of a block that is in mid-life."""
-
-_MILLISECOND = timedelta(milliseconds=1)
 
 
 def restore(stage: Stage, options: Namespace) -> dict[str, Any]:
@@ -69,7 +67,7 @@ def pause(stage: Stage, options: Namespace) -> dict[str, Any]:
         for place in range(_MID_LIFE)
         for block in range(blocks)
     )
-    late = _START + settings.windows.idle_timeout // _MILLISECOND + 1
+    late = _START + milliseconds(settings.windows.idle_timeout) + 1
     with stage.consumer(trial) as process, committed(settings) as watch:
         send(settings, stage.messages(opened), f"{_MID_LIFE} events of {blocks:,} blocks")
         settled(settings, process)
