@@ -7,7 +7,7 @@ Whatever the occasion, a partition begins where `Restorer` says.
 
 import logging
 import time
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -107,12 +107,11 @@ class Assignment:
             self._astray.add(partition)
             self.recovery_due = True
 
-    def commit(self, *, begin: bool = False, finish: Container[int] = ()) -> None:
+    def commit(self, *, begin: Container[int] = ()) -> None:
         """Make durable what is done.
 
         Args:
-            begin: a checkpoint is due.
-            finish: partitions that get a whole checkpoint: they are handed over.
+            begin: partitions of which a checkpoint is due.
 
         Raises:
             TransactionAborted: nothing was made durable.
@@ -121,13 +120,13 @@ class Assignment:
         due = [
             partition
             for partition in self._partitions.values()
-            if (partition.is_due or begin or partition.number in finish) and not partition.catch_up
+            if (partition.is_due or partition.number in begin) and not partition.catch_up
         ]
         if not due:
             return
         offsets = [TopicPartition(self._topic, partition.number, partition.position) for partition in due]
         with self._metrics.commit_seconds.time():
-            self._delivery.commit(self._consumer, offsets, _records(due, begin=begin, finish=finish))
+            self._delivery.commit(self._consumer, offsets, _records(due, begin))
         self._patience.uncommitted = 0
         for partition in due:
             partition.committed()
@@ -143,7 +142,7 @@ class Assignment:
         """
         self._detector = detector  # the checkpoint holds the other one's windows: each checkpointer knows its own
         self.recovery_due = True
-        self.commit(finish=list(self._partitions))
+        self._hand_over(list(self._partitions))
 
     def recover(self) -> None:
         """Go back to what is committed, in all partitions: memory is ahead of it.
@@ -205,7 +204,7 @@ class Assignment:
         numbers = [revoked.partition for revoked in partitions if revoked.partition in self._partitions]
         try:
             if not self._failure and not self.recovery_due:
-                self.commit(finish=numbers)
+                self._hand_over(numbers)
         except TransactionAborted as reason:
             log.warning("transaction aborted (%s): what is not committed will be done again", reason)
             self.recovery_due = True
@@ -227,14 +226,29 @@ class Assignment:
         consumer.incremental_unassign(partitions)
         log.warning("lost partitions %s: another member has them now", listed(partitions))
 
+    def _hand_over(self, numbers: Collection[int]) -> None:
+        """Commit what is done, with whole checkpoints of these partitions: in portions, as always.
+
+        Raises:
+            TransactionAborted, UserError: as `commit`.
+        """
+        self._complete(numbers)
+        self.commit(begin=numbers)
+        self._complete(numbers)
+
+    def _complete(self, numbers: Iterable[int]) -> None:
+        """Commit until no checkpoint of these partitions is under way."""
+        while any(self._partitions[number].in_checkpoint for number in numbers):
+            self.commit()
+
     def _drop(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             self._detector.revoke(number)
             self._partitions.pop(number, None)
 
 
-def _records(due: Iterable[Partition], *, begin: bool, finish: Container[int]) -> Iterator[StateRecord]:
+def _records(due: Iterable[Partition], begin: Container[int]) -> Iterator[StateRecord]:
     for partition in due:
-        yield from partition.records(begin=begin, finish=partition.number in finish)
+        yield from partition.records(begin=partition.number in begin)
     if begin:
         come_by("checkpoint")

@@ -126,15 +126,19 @@ class Checkpointer:
     @property
     def is_unfinished(self) -> bool:
         """Whether there are records that wait for the next commit."""
-        return self._next is not None or bool(self._gone)
+        return self.is_under_way or bool(self._gone)
 
-    def records(self, position: int, *, begin: bool = False, finish: bool = False) -> Iterator[Record]:
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a checkpoint has begun that is not whole yet."""
+        return self._next is not None
+
+    def records(self, position: int, *, begin: bool = False) -> Iterator[Record]:
         """Yield the records that belong to the commit of the input offset `position`.
 
         Args:
             position: the next offset to be read.
             begin: a checkpoint is due; one that is under way goes on instead.
-            finish: complete a checkpoint within this commit: the partition is handed over.
         """
         if self._first is not None:  # so that a missing checkpoint always means that the state was lost
             yield CHECKPOINT, self._first.pack()
@@ -142,10 +146,10 @@ class Checkpointer:
         drift = self._detector.take_drift(self._partition)
         if drift is not None:
             yield DRIFT, drift.pack()
-        yield from self._departures(None if finish else PER_COMMIT)
+        yield from self._departures()
         urgent = self._store.take_urgent() | self._detector.take_alerted(self._partition)
         yield from self._sessions(np.array([slot for slot in sorted(urgent) if self._store.is_open(slot)], np.int32))
-        if finish or (begin and self._next is None):
+        if begin and not self.is_under_way:
             watermark = self._store.watermark
             if watermark is None or (position == self._begun_at and not len(self._store.unsaved())):
                 return  # nothing happened since the last one
@@ -154,8 +158,7 @@ class Checkpointer:
             self._gone_before = len(self._gone)
             self._next = Checkpoint(position, watermark, self._group)
         if self._next is not None:
-            some = self._pending if finish else self._pending[:PER_COMMIT]
-            self._pending = self._pending[len(some) :]
+            some, self._pending = self._pending[:PER_COMMIT], self._pending[PER_COMMIT:]
             yield from self._sessions(some[self._store.are_unsaved(some)])
             if not len(self._pending) and not self._gone_before:
                 yield CHECKPOINT, self._next.pack()
@@ -174,7 +177,7 @@ class Checkpointer:
                 yield BLOCK + name, record
             self._store.mark_saved(some)
 
-    def _departures(self, at_most: int | None) -> Iterator[Record]:
+    def _departures(self) -> Iterator[Record]:
         """Delete the records of blocks that closed, some at each commit; until then a successor closes them again.
 
         That it can, as long as it reads their last events and what closed them again: so a checkpoint waits for the
@@ -187,7 +190,7 @@ class Checkpointer:
                 yield BLOCK + departed.name, closed_marker(departed.marker).pack(self._vocabulary_id)
             elif self._markers.pop(departed.name, None) is not None or departed.saved:
                 self._gone[departed.name] = None
-        for name in list(islice(self._gone, at_most)):
+        for name in list(islice(self._gone, PER_COMMIT)):
             del self._gone[name]
             self._gone_before = max(0, self._gone_before - 1)
             yield BLOCK + name, None

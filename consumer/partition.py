@@ -59,6 +59,11 @@ class Partition:
         """Whether there is something for the next commit."""
         return self.touched or self._checkpointer.is_unfinished
 
+    @property
+    def in_checkpoint(self) -> bool:
+        """Whether a checkpoint has begun that only further commits make whole."""
+        return self._checkpointer.is_under_way
+
     def advance(self, offsets: NDArray[np.int64]) -> tuple[int, int]:
         """Move on past messages.
 
@@ -93,12 +98,11 @@ class Partition:
         if not self._store.open_blocks:
             self._active = time.monotonic()
 
-    def records(self, *, begin: bool, finish: bool) -> Iterator[StateRecord]:
+    def records(self, *, begin: bool) -> Iterator[StateRecord]:
         """Yield what belongs on the state topic with a commit of `position`; see `Checkpointer.records`."""
         for key in self._leftovers:
             yield self.number, key, None
-        finish = finish and self._replay is None
-        for key, value in self._checkpointer.records(self.position, begin=begin, finish=finish):
+        for key, value in self._checkpointer.records(self.position, begin=begin):
             yield self.number, key, value
 
     def committed(self) -> None:

@@ -106,10 +106,10 @@ class Service:
                 self._assignment.check()
                 now = time.monotonic()
                 if now >= commit_at:
-                    begin = now >= checkpoint_at
-                    if begin:
+                    due = now >= checkpoint_at
+                    if due:
                         checkpoint_at = now + checkpoint_interval
-                    self._assignment.commit(begin=begin)
+                    self._assignment.commit(begin=self._assignment.partitions if due else ())
                     commit_at = time.monotonic() + interval
                 if now >= reload_at and not self._assignment.recovery_due:
                     reload_at = now + reload_interval

@@ -71,10 +71,10 @@ def test_it_is_silent_once_its_replay_is_over_until_none_of_its_sessions_is_open
     assert not partition.is_silent_since(300)
 
 
-def test_a_commit_deletes_leftovers_once_and_a_handover_stores_what_no_replay_will_tell(take_over, detector):
+def test_a_commit_deletes_leftovers_once_and_a_checkpoint_stores_what_no_replay_will_tell(take_over, detector):
     partition = take_over(5, Replay(5, 5), BLOCK + b"old", chosen=True)
     assert partition.touched, "others are to begin here, too"
-    first = list(partition.records(begin=False, finish=False))
+    first = list(partition.records(begin=False))
     assert first[0] == (NUMBER, BLOCK + b"old", None)
     assert [key for _, key, _ in first[1:]] == [CHECKPOINT, DRIFT]
     partition.committed()
@@ -82,18 +82,7 @@ def test_a_commit_deletes_leftovers_once_and_a_handover_stores_what_no_replay_wi
 
     read(partition, 5)
     detector.process({NUMBER: EventBatch.of(["x"], [4], [1000], [5])})
-    assert list(partition.records(begin=False, finish=False)) == []
-    handed_over = list(partition.records(begin=False, finish=True))
-    assert [(number, key) for number, key, _ in handed_over][-1] == (NUMBER, CHECKPOINT)
-    assert (NUMBER, BLOCK + b"x") in [(number, key) for number, key, _ in handed_over]
-
-
-def test_no_whole_checkpoint_is_made_in_the_middle_of_a_replay(take_over, detector):
-    partition = take_over(0, Replay(1, 3))
-    list(partition.records(begin=False, finish=False))
-    read(partition, 0, 1)
-    detector.process({NUMBER: EventBatch.of(["x"], [4], [1000], [1])})
-    assert list(partition.records(begin=False, finish=True)) == []
-    read(partition, 2)
-    partition.end_replay()
-    assert [key for _, key, _ in partition.records(begin=False, finish=True)][-1] == CHECKPOINT
+    assert list(partition.records(begin=False)) == []
+    stored = list(partition.records(begin=True))
+    assert [(number, key) for number, key, _ in stored][-1] == (NUMBER, CHECKPOINT)
+    assert (NUMBER, BLOCK + b"x") in [(number, key) for number, key, _ in stored]

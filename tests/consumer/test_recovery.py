@@ -79,8 +79,16 @@ class Machine:
     def silence(self):
         self.pending += self.detector.close(PARTITION)
 
-    def commit(self, begin=False, finish=False):
-        for key, value in self.checkpointer.records(self.position, begin=begin, finish=finish):
+    def hand_over(self):
+        """Commit until a checkpoint is whole that was begun now."""
+        for begin in (False, True):
+            if begin:
+                self.commit(begin=True)
+            while self.checkpointer.is_under_way:
+                self.commit()
+
+    def commit(self, begin=False):
+        for key, value in self.checkpointer.records(self.position, begin=begin):
             if value is None:
                 self.topic.pop(key, None)
             else:
@@ -116,8 +124,10 @@ def check(scorer, threshold, events, actions, room, per_commit):
                 machine.silence()
                 machine.commit()
                 silences.append(machine.position)
+            elif what == "hand over":
+                machine.hand_over()
             else:
-                machine.commit(begin=what == "checkpoint", finish=what == "hand over")
+                machine.commit(begin=what == "checkpoint")
     finally:
         checkpoint.PER_COMMIT = before
     calm = Machine(scorer, threshold, events, room)
@@ -176,7 +186,7 @@ def test_the_property_fails_when_state_records_are_skipped(scorer, make_threshol
     monkeypatch.setattr(Checkpointer, "_sessions", lambda self, slots: self._store.mark_saved(slots) or [])
     machine = Machine(scorer, make_threshold(0.5), events, 100)
     machine.read(2)
-    machine.commit(finish=True)
+    machine.hand_over()
     machine.boot()
     machine.read(1)
     machine.commit()
@@ -189,8 +199,32 @@ def test_the_property_fails_when_state_records_are_skipped(scorer, make_threshol
 def test_after_a_handover_nothing_is_replayed(scorer, make_threshold):
     machine = Machine(scorer, make_threshold(0.5), [("X", "a", 0), ("Y", "a", 1), ("X", "b", 2)], 100)
     machine.read(3)
-    machine.commit(finish=True)
+    machine.hand_over()
     assert recover(machine.topic, scorer.bundle.vocabulary).checkpoint == Checkpoint(3, 2, GROUP)
+
+
+def test_a_handover_writes_no_more_with_one_commit_than_any_other(scorer, make_threshold, monkeypatch):
+    """Else a million blocks would have to fit into the transaction that a rebalance ends with."""
+    monkeypatch.setattr(checkpoint, "PER_COMMIT", 3)
+    events = [(f"b{number}", "a", 0) for number in range(10)] + [(f"b{number}", None, 0) for number in range(5)]
+    machine = Machine(scorer, make_threshold(100.0), events, 100)
+    machine.read(10)
+    machine.commit(begin=True)  # three of ten
+    machine.read(5)
+    sizes, commit = [], machine.commit
+
+    def measured(begin=False):
+        before = dict(machine.topic)
+        commit(begin)
+        written = [key for key, value in machine.topic.items() if key[:1] == BLOCK and before.get(key) != value]
+        sizes.append(max(len(written), len(before.keys() - machine.topic.keys())))
+
+    monkeypatch.setattr(machine, "commit", measured)
+    machine.hand_over()
+    assert max(sizes) == 3
+    found = recover(machine.topic, scorer.bundle.vocabulary)
+    assert found.checkpoint.offset == 15
+    assert sorted(found.sessions.states()) == [f"b{number}" for number in range(5, 10)]
 
 
 def test_closed_sessions_leave_no_records(scorer, make_threshold):
@@ -199,7 +233,7 @@ def test_closed_sessions_leave_no_records(scorer, make_threshold):
     for _ in range(len(events)):
         machine.read(1)
         machine.commit(begin=True)
-    machine.commit(finish=True)
+    machine.hand_over()
     assert [key for key in machine.topic if key[:1] == BLOCK] == [b"Blast"]
 
 
@@ -207,7 +241,7 @@ def test_windows_outlive_a_change_of_vocabulary(scorer, make_threshold):
     events = [("X", "a", 0), ("X", "never seen", 1), ("X", "b", 2)]
     machine = Machine(scorer, make_threshold(100.0), events, 100)
     machine.read(3)
-    machine.commit(finish=True)
+    machine.hand_over()
     other = Vocabulary(("b", "never seen", "z"))
     state = recover(machine.topic, other).sessions.states()["X"]
     assert [other.name(token) for token in state.tokens.tolist()] == ["<UNK>", "never seen", "b"]
@@ -275,7 +309,7 @@ def test_deletions_are_spread_over_commits_and_a_checkpoint_waits_for_them(score
     events = [(f"b{number}", name, 0) for name in ("a", None) for number in range(10)]
     machine = Machine(scorer, make_threshold(100.0, idle_timeout_ms=300), events, 100)
     machine.read(10)
-    machine.commit(finish=True)
+    machine.hand_over()
     assert len([key for key in machine.topic if key[:1] == BLOCK]) == 10
     machine.read(10)  # closes them all
     left, complete = [], []
@@ -294,7 +328,7 @@ def test_a_checkpoint_does_not_wait_for_a_deletion_that_a_new_session_made_needl
     events = [(name, "a", 0) for name in "XYZ"] + [(name, None, 0) for name in "XYZ"] + [("Z", "never seen", 0)]
     machine = Machine(scorer, make_threshold(0.5), events, 100)
     machine.read(3)
-    machine.commit(finish=True)
+    machine.hand_over()
     machine.read(3)
     machine.commit(begin=True)  # deletes X only
     machine.read(1)
