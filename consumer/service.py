@@ -314,8 +314,9 @@ class Service:
         if artifacts is None:
             return
         log.info("now %s", artifacts)
-        before = self._detector
+        detector, skipped = self._detector, self._decoder.skipped
         self._detector, self._decoder = artifacts.detector(self._settings), artifacts.decoder(self._settings)
-        self._detector.count_on(before)
+        self._detector.count_on(detector)
+        self._decoder.skipped = skipped
         self._assignment.change_detector(self._detector)
         come_by("reload")

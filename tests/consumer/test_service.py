@@ -16,11 +16,12 @@ from consumer.artifacts import Artifacts
 from consumer.checkpoint import Replay, recover
 from consumer.delivery import TransactionAborted
 from consumer.detector import Detector
+from consumer.events import EventBatch
 from consumer.patience import Patience
 from consumer.records import BLOCK, VOCABULARY, SessionState, vocabulary_id
 from consumer.restore import Start
 from consumer.service import Service
-from consumer.settings import CommitSettings, MetricsSettings, Settings
+from consumer.settings import CommitSettings, MetricsSettings, ReloadSettings, Settings
 from model.errors import UserError
 
 TOPICS = Settings().topics
@@ -373,6 +374,34 @@ def test_an_event_that_ends_many_sessions_waits_until_they_are_closed_commit_by_
     assert closed[1] == ["x0", "x1"]
     assert closed[3] == ["x2", "x3"]
     assert closed[4] == ["late"]
+
+
+def test_what_is_counted_goes_on_after_a_reload(play, member, monkeypatch, bundle, make_threshold):
+    """A rate over a counter that falls would be one of events that never were."""
+
+    class Lines:
+        """Of text: most name no block."""
+
+        skipped = 0
+
+        def decode(self, messages):
+            self.skipped += len(messages.offsets)
+            return EventBatch.of([], [], [], []), []
+
+    monkeypatch.setattr(Artifacts, "decoder", lambda *_: Lines())
+    news = [Artifacts(bundle, make_threshold(5.0))]
+    monkeypatch.setattr("consumer.service.ArtifactWatcher.poll", lambda _: news.pop() if news else None)
+
+    def begin():
+        member.rebalance("assign", 0)
+        return [Message(0, 0, "x"), Message(0, 1, "x")]
+
+    def more():
+        return [Message(0, 2, "x")]
+
+    service = play(begin, more, reload=ReloadSettings(interval=timedelta(0)))
+    assert not news
+    assert service.status().counts["skipped_lines"] == 3
 
 
 def test_waiting_for_brokers_is_no_reason_to_be_called_dead(play, member, caplog, monkeypatch):
