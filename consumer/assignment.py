@@ -1,34 +1,29 @@
-"""The partitions that the group assigns to this process: taken over, committed, recovered, given back.
+"""The partitions of the event topic that the group assigns to this process: with which windows, and what is durable.
 
-A commit makes durable what was sent since the last one, together with the state records and the input offsets. When
-memory is ahead of what is committed, a recovery goes back to that, in all partitions: they share the transaction.
+A commit makes durable what was sent since the last one, together with the state records and the input offsets.
 Whatever the occasion, a partition begins where `Restorer` says.
 """
 
-import logging
 import time
-from collections.abc import Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from consumer.clients import listed
-from consumer.delivery import Delivery, StateRecord, TransactionAborted
+from consumer.delivery import Delivery, StateRecord
 from consumer.detector import Detector
 from consumer.faultpoints import come_by
+from consumer.membership import Membership
 from consumer.metrics import Metrics
 from consumer.partition import Partition
-from consumer.patience import Patience, has_lost_its_place, is_hopeless
-from consumer.refusals import with_remedy
+from consumer.patience import Patience, has_lost_its_place
 from consumer.restore import Restorer
 from consumer.settings import Settings
 from model.errors import UserError
 
-log = logging.getLogger("consumer")
 
-
-class Assignment:
-    """What a member of the consumer group owns, and what is durable of it.
+class Assignment(Membership):
+    """The partitions of the event topic that a member owns, and what is durable of them.
 
     Args:
         detector: holds the windows of the partitions.
@@ -48,34 +43,13 @@ class Assignment:
         patience: Patience,
         metrics: Metrics,
     ) -> None:
+        super().__init__(settings.topics.events, consumer, delivery, patience)
         self._settings = settings
-        self._topic = settings.topics.events
         self._detector = detector
-        self._consumer = consumer
-        self._delivery = delivery
         self._restorer = restorer
-        self._patience = patience
         self._metrics = metrics
         self._partitions: dict[int, Partition] = {}
         self._astray: set[int] = set()
-        self._failure: str | None = None
-        self._joined = False
-        self.recovery_due = False
-        """Whether `recover` is to be called before anything more is read."""
-
-    @contextmanager
-    def membership(self) -> Generator[None]:
-        """Be in the group; its end gives the partitions back, which commits what is done unless an error ended it."""
-        try:
-            self._consumer.subscribe(
-                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-            )
-            yield
-        except BaseException:
-            self._failure = self._failure or "stopped by an error"  # nothing half done may be committed on the way out
-            raise
-        finally:
-            self._consumer.close()
 
     @property
     def partitions(self) -> Mapping[int, Partition]:
@@ -85,27 +59,13 @@ class Assignment:
     @property
     def ready(self) -> bool:
         """Whether the process is in its group and past all that predecessors published."""
-        return self._joined and not any(partition.catch_up for partition in self._partitions.values())
-
-    def check(self) -> None:
-        """Do nothing while all is well.
-
-        Raises:
-            UserError: Kafka refuses to go on: a callback, which cannot raise, or a client met with that.
-        """
-        self._patience.check()
-        if self._failure:
-            raise UserError(self._failure)
+        return self.joined and not any(partition.catch_up for partition in self._partitions.values())
 
     def on_error(self, error: KafkaError, partition: int) -> None:
         """Take in an error that came in the place of a message; if there is no going on, `check` says so."""
-        if is_hopeless(error):
-            self._failure = f"{self._topic}: {with_remedy(error)}"
-            return
-        log.warning("%s: %s", self._topic, error.str())
+        super().on_error(error, partition)
         if has_lost_its_place(error):
             self._astray.add(partition)
-            self.recovery_due = True
 
     def commit(self, *, begin: Container[int] = ()) -> None:
         """Make durable what is done.
@@ -150,15 +110,7 @@ class Assignment:
         Raises:
             UserError: Kafka refuses to go on.
         """
-        self._delivery.abort()  # whatever it still holds will be judged and sent again
-        self.recovery_due = False
-        self._patience.uncommitted = 0
-        for where in self._begin(list(self._partitions)):
-            if where.partition in self._astray:  # nothing is fetched there any more, and a seek would not change that
-                self._consumer.incremental_unassign([where])
-                self._consumer.incremental_assign([where])
-            else:
-                self._seek(where)
+        super().recover()
         self._astray.clear()
 
     def read_on(self, number: int) -> None:
@@ -168,6 +120,12 @@ class Assignment:
             UserError: Kafka does not let it.
         """
         self._seek(TopicPartition(self._topic, number, self._partitions[number].position))
+
+    def _go_to(self, where: TopicPartition) -> None:
+        if where.partition in self._astray:
+            super()._go_to(where)
+        else:
+            self._seek(where)
 
     def _seek(self, where: TopicPartition) -> None:
         deadline = time.monotonic() + 10
@@ -190,48 +148,11 @@ class Assignment:
                 self._partitions[number] = Partition(self._settings, self._detector, number, start)
                 yield TopicPartition(self._topic, number, start.offset)
 
-    def _on_assign(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
-        try:
-            consumer.incremental_assign(list(self._begin([assigned.partition for assigned in partitions])))
-        except UserError as error:  # a callback cannot raise through librdkafka
-            self._failure = str(error)
-            return
-        self._joined = True
-        come_by("rebalance")
-        log.info("assigned partitions %s", listed(partitions))
-
-    def _on_revoke(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
-        numbers = [revoked.partition for revoked in partitions if revoked.partition in self._partitions]
-        try:
-            if not self._failure and not self.recovery_due:
-                self._hand_over(numbers)
-        except TransactionAborted as reason:
-            log.warning("transaction aborted (%s): what is not committed will be done again", reason)
-            self.recovery_due = True
-        except UserError as error:
-            self._failure = str(error)
-        self._drop(numbers)
-        consumer.incremental_unassign(partitions)
-        come_by("rebalance")
-        log.info("gave back partitions %s", listed(partitions))
-
-    def _on_lost(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
-        try:
-            if not self._failure:  # a process that is ending anyway does not wait for brokers
-                self._delivery.abort()
-        except UserError as error:
-            self._failure = str(error)
-        self._drop([lost.partition for lost in partitions])
-        self.recovery_due = True  # what else was in the transaction is gone with it
-        consumer.incremental_unassign(partitions)
-        log.warning("lost partitions %s: another member has them now", listed(partitions))
+    def _owned(self) -> Sequence[int]:
+        return list(self._partitions)
 
     def _hand_over(self, numbers: Collection[int]) -> None:
-        """Commit what is done, with whole checkpoints of these partitions: in portions, as always.
-
-        Raises:
-            TransactionAborted, UserError: as `commit`.
-        """
+        """Commit what is done, with whole checkpoints of these partitions: in portions, as always."""
         self._complete(numbers)
         self.commit(begin=numbers)
         self._complete(numbers)
