@@ -1,9 +1,11 @@
 """The model and its threshold as one thing: loaded together, checked together, replaced together."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from consumer.detector import Detector
 from consumer.settings import Settings, milliseconds
@@ -15,6 +17,8 @@ from model.errors import UserError
 from model.scoring import Scorer
 
 log = logging.getLogger("consumer")
+
+T = TypeVar("T")
 
 Facts = tuple[tuple[int, int, int] | None, ...]
 """Inode, size and time of change of each file that the two are read from; None where there is none."""
@@ -95,103 +99,101 @@ class Artifacts:
     def __str__(self) -> str:
         threshold = self.threshold
         return (
-            f"model {self.bundle.fingerprint[:12]}, threshold {threshold.threshold:g} ({threshold.strategy}, "
+            f"{self.bundle}, threshold {threshold.threshold:g} ({threshold.strategy}, "
             f"q = {threshold.quantile:g}: at most {threshold.bound:.2g} of normal blocks alert)"
         )
 
 
-class _Files:
-    """Notices that the files of the model or the threshold changed. Costs a look at three files each time."""
-
-    def __init__(self, settings: Settings, judged: Facts) -> None:
-        self._settings = settings
-        self.judged = self._last = judged
-
-    def changed(self) -> bool:
-        """Whether they are others than those judged last, and no longer being written: the same at two looks."""
-        facts, last = file_facts(self._settings), self._last
-        self._last = facts
-        if facts != last or facts == self.judged:
-            return False
-        self.judged = facts
-        return True
-
-
-class ArtifactWatcher:
-    """Finds a new pair of model and threshold.
+class _Watcher(ABC, Generic[T]):
+    """Finds what is new in the files of model and threshold. Costs a look at three files each time.
 
     `outcomes` counts what became of the changes: taken, waiting (a new model whose threshold is still to come),
     refused.
     """
 
-    def __init__(self, settings: Settings, in_use: Artifacts) -> None:
+    def __init__(self, settings: Settings, in_use: T, judged: Facts) -> None:
         self._settings = settings
         self.in_use = in_use
-        self._files = _Files(settings, in_use.facts)
         self.outcomes = Counter[str]()
+        self._judged = self._last = judged
 
-    def poll(self) -> Artifacts | None:
-        """Return the new pair if there is one that fits; say once why what is new is not taken."""
-        if not self._files.changed():
+    def poll(self) -> T | None:
+        """Return what is new if it fits; say once why it is not taken."""
+        if not self._changed():
             return None
         try:
-            found = Artifacts.read(self._settings)
-            if found.is_same(self.in_use):
-                return None  # written again, the same
-            if found.threshold == self.in_use.threshold and found.bundle.fingerprint != found.threshold.model:
-                self.outcomes["waiting"] += 1
-                _say_waiting(found.bundle, self.in_use.bundle)
-                return None
-            found.check(self._settings)
+            found = self._fitting()
         except UserError as reason:
             self.outcomes["refused"] += 1
             log.warning("%s; going on with %s", reason, self.in_use)
             return None
-        self.outcomes["taken"] += 1
-        self._files.judged, self.in_use = found.facts, found
+        if found is not None:
+            self.outcomes["taken"] += 1
+            self.in_use = found
+        return found
+
+    @abstractmethod
+    def _fitting(self) -> T | None:
+        """Return what the files hold, None if that is what is in use, or not whole yet.
+
+        Raises:
+            UserError: it does not fit.
+        """
+
+    def _changed(self) -> bool:
+        """Whether the files are others than those judged last, and no longer being written: the same at two looks."""
+        facts, last = file_facts(self._settings), self._last
+        self._last = facts
+        if facts != last or facts == self._judged:
+            return False
+        self._judged = facts
+        return True
+
+    def _wait(self, found: Bundle, in_use: Bundle) -> None:
+        self.outcomes["waiting"] += 1
+        log.info(
+            "a new %s is there: going on with %s until python -m calibration has made its threshold", found, in_use
+        )
+
+
+class ArtifactWatcher(_Watcher[Artifacts]):
+    """Finds a new pair of model and threshold."""
+
+    def __init__(self, settings: Settings, in_use: Artifacts) -> None:
+        super().__init__(settings, in_use, in_use.facts)
+
+    def _fitting(self) -> Artifacts | None:
+        found = Artifacts.read(self._settings)
+        if found.is_same(self.in_use):
+            return None  # written again, the same
+        if found.threshold == self.in_use.threshold and found.bundle.fingerprint != found.threshold.model:
+            self._wait(found.bundle, self.in_use.bundle)
+            return None
+        found.check(self._settings)
+        self._judged = found.facts
         return found
 
 
-class ModelWatcher:
+class ModelWatcher(_Watcher[Bundle]):
     """Finds a new model for a process that judges nothing. It takes one when consumers do: once its threshold is there.
 
-    `outcomes` as of `ArtifactWatcher`. Where there is no threshold at all, none is waited for.
+    Where there is no threshold at all, none is waited for.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._files = _Files(settings, file_facts(settings))
-        self.in_use = Bundle.load(settings.model.path)
-        self.outcomes = Counter[str]()
+        facts = file_facts(settings)
+        super().__init__(settings, Bundle.load(settings.model.path), facts)
 
-    def poll(self) -> Bundle | None:
-        """Return the new model if there is one that fits; say once why what is new is not taken."""
-        if not self._files.changed():
+    def _fitting(self) -> Bundle | None:
+        found = Bundle.load(self._settings.model.path)
+        if found.fingerprint == self.in_use.fingerprint:
             return None
+        known_lines(self._settings, found)
         path = self._settings.calibration.path
-        try:
-            found = Bundle.load(self._settings.model.path)
-            if found.fingerprint == self.in_use.fingerprint:
-                return None
-            known_lines(self._settings, found)
-            if path.exists() and Threshold.load(path).model != found.fingerprint:
-                self.outcomes["waiting"] += 1
-                _say_waiting(found, self.in_use)
-                return None
-        except UserError as reason:
-            self.outcomes["refused"] += 1
-            log.warning("%s; going on with model %s", reason, self.in_use.fingerprint[:12])
+        if path.exists() and Threshold.load(path).model != found.fingerprint:
+            self._wait(found, self.in_use)
             return None
-        self.outcomes["taken"] += 1
-        self.in_use = found
         return found
-
-
-def _say_waiting(found: Bundle, in_use: Bundle) -> None:
-    log.info(
-        "a new model %s is there: going on with %s until python -m calibration has made its threshold",
-        found.fingerprint[:12], in_use.fingerprint[:12],
-    )  # fmt: skip
 
 
 def file_facts(settings: Settings) -> Facts:

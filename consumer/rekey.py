@@ -129,7 +129,7 @@ class Rekeyer:
         bundle = self._watcher.poll()
         if bundle is None:
             return
-        log.info("now model %s", bundle.fingerprint[:12])
+        log.info("now %s", bundle)
         self._cutter = Cutter(self._settings, bundle)
         self._assignment.recovery_due = True
         self._assignment.commit()

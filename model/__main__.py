@@ -86,7 +86,7 @@ def main() -> None:
         f"{network.parameter_count:,} parameters, {time.monotonic() - started:.0f} s, "
         f"{last[0].restored:.1%} of replaced events given back right"
     )
-    console.print(f"model {bundle.fingerprint[:12]} written to {out}; next: python -m calibration --normal FILE")
+    console.print(f"{bundle} written to {out}; next: python -m calibration --normal FILE")
 
 
 def _read(arguments: Namespace, rules: LineRules) -> tuple[list[Session], dict[str, str], LineFormat | None]:

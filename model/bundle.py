@@ -37,6 +37,9 @@ class Bundle:
     training: Mapping[str, Any] = field(default_factory=dict)
     lines: LineFormat | None = None
 
+    def __str__(self) -> str:
+        return f"model {self.fingerprint[:12]}"
+
     @property
     def window(self) -> int:
         """Newest events of a session that the network sees."""
