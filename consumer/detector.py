@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
 from typing import Any, cast
@@ -35,7 +35,7 @@ from model.vocabulary import END, UNK, Vocabulary
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Alerted:
     """What a session's last alert said: enough to know whether a later look has news."""
 
@@ -165,7 +165,7 @@ class Detector:
             said = watched.alerted.get(slot)
             if records[place] is None or said is not None or watched.store.unknown(slot):
                 state = watched.store.snapshot(slot)
-                records[place] = replace(state, **vars(said) if said else {}).pack(vocabulary)
+                records[place] = replace(state, **asdict(said) if said else {}).pack(vocabulary)
         return cast("list[bytes]", records)
 
     def take_alerted(self, partition: int) -> set[int]:

@@ -9,7 +9,8 @@ expiry is decided event by event, and why a block's event first expires the bloc
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +52,9 @@ _SEED = np.uint64(secrets.randbits(64))
 MAX_LOOKS = 16_384
 """Looks handed out at a time, which bounds memory however many sessions close at once."""
 
+
+_SHARED = 10_000
+"""Unknown event ids whose text blocks share; at most 10 MB."""
 
 _AFTER_ALL = 2**62
 """An offset later than any."""
@@ -104,7 +108,8 @@ class WindowStore:
         self._every = every
         self._idle = idle_timeout
         self._index = NameIndex()
-        self._unknown: dict[int, dict[int, str]] = {}
+        self._unknown: dict[int, tuple[array[int], tuple[str, ...]]] = {}  # by slot: offsets, and an event id for each
+        self._shared: dict[str, str] = {}
         roster = np.zeros(5, np.int32)
         roster[[OLDEST, NEWEST, FREE_PAGE]] = NONE
         self._sessions = Sessions(
@@ -152,7 +157,7 @@ class WindowStore:
 
     def unknown(self, slot: int) -> dict[int, str]:
         """Return the event ids, by offset, of the UNK tokens in a slot's window."""
-        return self._unknown.get(slot, {})
+        return dict(zip(*self._unknown.get(slot, ((), ())), strict=True))
 
     def apply(self, batch: EventBatch) -> Iterator[Looks]:
         """Take in the events of `batch` and yield all looks that fall due.
@@ -161,14 +166,19 @@ class WindowStore:
         """
         slots = self._index.locate(batch.names, batch.tokens >= 0)
         self._make_room(len(slots))
+        unknown: dict[int, dict[int, str]] = {}
         for place, event in batch.unknown.items():
-            self._unknown.setdefault(int(slots[place]), {})[int(batch.offsets[place])] = event
+            slot = int(slots[place])
+            unknown.setdefault(slot, self.unknown(slot))[int(batch.offsets[place])] = event
+        for slot, names in unknown.items():
+            self._know(slot, names)
         yield from self._run(slots, batch.tokens, batch.times, batch.offsets)
         rows = self._sessions.rows
         begun = (rows["count"][slots] > 0) & (rows["first_offset"][slots] == batch.offsets)
         self.opened = batch.names.take((slots != NONE) & begun)
-        for slot in {int(slots[place]) for place in batch.unknown}:
-            self._prune_unknown(slot)
+        for slot, names in unknown.items():
+            inside = self.snapshot(slot).offsets.tolist() if self.is_open(slot) else []
+            self._know(slot, {offset: names[offset] for offset in inside if offset in names})
 
     def close_all(self, at_most: int | None = None) -> Iterator[Looks]:
         """Close every session, or so many, and yield their last looks: the partition is silent on the wall clock."""
@@ -283,9 +293,7 @@ class WindowStore:
             self._sessions.rows["first_page"][slot] = self._sessions.rows["last_page"][slot] = NONE
             for event in zip(state.tokens, state.offsets, state.times, strict=True):
                 append(self._sessions, window, one[0], *event)
-            if state.unknown:
-                self._unknown[slot] = dict(state.unknown)
-                self._prune_unknown(slot)
+            self._know(slot, state.unknown)
         return special
 
     def end_replay(self) -> None:
@@ -413,11 +421,19 @@ class WindowStore:
             pages = Pages(*(grown(array, max(2 * len(array), used + events)) for array in pages))
         self._sessions = sessions._replace(rows=rows, pages=pages)
 
-    def _prune_unknown(self, slot: int) -> None:
-        names = self._unknown.get(slot)
-        if names is not None:
-            inside = set(self.snapshot(slot).offsets.tolist()) if self.is_open(slot) else set()
-            self._unknown[slot] = {offset: name for offset, name in names.items() if offset in inside}
+    def _know(self, slot: int, names: Mapping[int, str]) -> None:
+        """Note the event ids, by offset, of a slot's UNK tokens.
+
+        When a new version of the sender logs new events, all blocks have them: these share the text of an id, and a
+        dictionary for each block would be several times the block.
+        """
+        if not names:
+            self._unknown.pop(slot, None)
+            return
+        if len(self._shared) > _SHARED:
+            self._shared.clear()
+        shared = self._shared.setdefault
+        self._unknown[slot] = array("q", list(names)), tuple(shared(name, name) for name in names.values())
 
     def _buffer(self) -> Looks:
         if self._looks is None:

@@ -141,6 +141,16 @@ def test_the_names_of_unknown_events_in_the_window_are_known(events, cuts):
         assert len(store.unknown(slot)) <= WINDOW, "names of events that left the window are forgotten"
 
 
+def test_blocks_share_the_text_of_an_unknown_event():
+    """A new version of the sender may bring one to each of a million blocks."""
+    store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
+    for offset, block in enumerate("xy"):
+        list(store.apply(EventBatch.of([block], [UNK], [0], [offset], {0: "".join(["n", "ew"])})))
+    (one,), (other,) = (store.unknown(slot).values() for slot in store.unsaved().tolist())
+    assert one == "new"
+    assert one is other
+
+
 def test_blocks_that_opened_are_told():
     store = WindowStore(window=WINDOW, every=2, idle_timeout=IDLE)
 
