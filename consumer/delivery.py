@@ -26,7 +26,7 @@ from consumer.clients import client
 from consumer.faultpoints import come_by
 from consumer.patience import HOPELESS, Patience, is_passing
 from consumer.refusals import with_remedy
-from consumer.settings import Settings
+from consumer.settings import TRANSACTION_MS, Settings
 from model.errors import UserError
 
 log = logging.getLogger("consumer")
@@ -149,8 +149,7 @@ class Delivery(ABC):
 class ExactlyOnce(Delivery):
     """One transaction a commit. Readers with isolation.level=read_committed see all of it or nothing."""
 
-    # A successor waits until a dead process's transaction has timed out, so this bounds the pause after kill -9.
-    _defaults: ClassVar[Mapping[str, Any]] = {"transaction.timeout.ms": 10_000}
+    _defaults: ClassVar[Mapping[str, Any]] = {"transaction.timeout.ms": TRANSACTION_MS}
 
     def __init__(self, settings: Settings, patience: Patience) -> None:
         self._id = f"{settings.kafka.group}-{uuid.uuid4().hex}"

@@ -43,9 +43,10 @@ class KafkaSettings(Section):
             for key, item in section.items():
                 if not isinstance(item, Scalar):
                     raise ValueError(f"{key} should be text, a number or true/false")  # noqa: TRY004
+        group = {"group.id": common.pop("group.id", "log-anomaly-transformer")}  # only consumers have one
         return {
             "common": {"bootstrap.servers": "localhost:9092"} | common,
-            "consumer": {"group.id": "log-anomaly-transformer"} | consumer,
+            "consumer": group | consumer,
             "producer": producer,
         }
 
@@ -188,6 +189,12 @@ class ReloadSettings(Section):
     interval: Duration = timedelta(seconds=5)
 
 
+TRANSACTION_MS = 10_000
+"""Default of librdkafka's transaction.timeout.ms.
+
+A successor waits until a dead process's transaction has timed out, so this bounds the pause after kill -9.
+"""
+
 Delivery = Literal["exactly_once", "at_least_once"]
 """Whether alerts, windows and input offsets go through one transaction."""
 
@@ -210,6 +217,18 @@ class Settings(Section):
     drift: DriftSettings = DriftSettings()
     reload: ReloadSettings = ReloadSettings()
     metrics: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="after")
+    def _in_time(self) -> "Settings":
+        if self.delivery == "exactly_once":
+            timeout = self.kafka.for_producer().get("transaction.timeout.ms", TRANSACTION_MS)
+            interval = milliseconds(self.commit.interval)
+            if str(timeout).isdecimal() and 2 * interval > int(timeout):
+                raise ValueError(
+                    f"commit.interval is {interval:,} ms, but a transaction is over after {int(timeout):,}: make it "
+                    "half of that at most, or set kafka.producer.transaction.timeout.ms"
+                )
+        return self
 
 
 def milliseconds(duration: timedelta) -> int:

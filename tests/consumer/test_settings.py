@@ -30,6 +30,10 @@ def test_the_shipped_file_states_the_defaults():
         ("calibration: {levels: {a: 1.5}}", "calibration.levels.a: input should be less than 1"),
         ("calibration: {levels: {'a b': 0.99}}", "calibration.levels.a b"),
         ("events: {block_pattern: 'blk_('}", "events.block_pattern: is not a regular expression: missing )"),
+        (
+            "commit: {interval: 6s}",
+            "commit.interval is 6,000 ms, but a transaction is over after 10,000: make it half of that at most",
+        ),
         ("events: {block_pattern: '(a)(b)'}", "events.block_pattern: should have at most one group"),
         ("events: {block_pattern: '[0-9]*'}", "events: block_pattern should not match where there is nothing"),
         ("events: {timestamp_format: '%b %d %H:%M:%S'}", "events: timestamp_format should name the year"),
@@ -49,6 +53,15 @@ def test_a_mistake_is_one_sentence_with_its_place(tmp_path, text, said):
         load_settings(path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_group_may_be_named_for_every_client_or_for_consumers():
+    def group(**kafka):
+        return Settings.model_validate({"kafka": kafka}).kafka.group
+
+    assert group(**{"group.id": "mine"}) == "mine"
+    assert group(**{"group.id": "mine", "consumer": {"group.id": "other"}}) == "other"
+    assert group() == "log-anomaly-transformer"
 
 
 def test_secrets_come_from_the_environment_and_are_never_shown(tmp_path, monkeypatch):
