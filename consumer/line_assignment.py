@@ -5,7 +5,7 @@ What is pending is not committed, and a successor reads it again: nothing else o
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import OFFSET_INVALID, Consumer, TopicPartition
 
 from consumer.cutting import Cut, Cutter
 from consumer.delivery import Delivery
@@ -113,8 +113,8 @@ class LineAssignment(Membership):
         starts = self._places.starts(numbers)
         for start in starts:
             self._merge.assign(start.partition, start.offset)
-            self._committed[start.partition] = start.offset
-        return starts
+            self._committed[start.partition] = OFFSET_INVALID if start.chosen else start.offset
+        return [TopicPartition(self._topic, start.partition, start.offset) for start in starts]
 
     def _hand_over(self, numbers: Collection[int]) -> None:  # noqa: ARG002 - all share the transaction
         self.commit()

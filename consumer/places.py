@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
+from typing import NamedTuple
 
 from confluent_kafka import Consumer, TopicPartition
 
@@ -12,6 +13,17 @@ from consumer.patience import Patience
 from consumer.settings import Settings
 
 log = logging.getLogger("consumer")
+
+
+class Place(NamedTuple):
+    """Where to read on in a partition.
+
+    `chosen`: the group has no offset that fits, so that only a commit makes others begin there, too.
+    """
+
+    partition: int
+    offset: int
+    chosen: bool = False
 
 
 class Places:
@@ -28,8 +40,9 @@ class Places:
         self._consumer = consumer
         self._group = group
         self._patience = patience
+        self._chosen: dict[int, int] = {}
 
-    def starts(self, partitions: Sequence[int]) -> list[TopicPartition]:
+    def starts(self, partitions: Sequence[int]) -> list["Place"]:
         """Return where to read on in each partition.
 
         Raises:
@@ -42,26 +55,37 @@ class Places:
         with closing(self._asker()) as asker:  # the group's own client must not be asked this in its callbacks
             for found in self._patience.ask(asker, lambda: committed_offsets(self._consumer, wanted)):
                 low, high = self._patience.ask(asker, partial(_bounds, asker, self._topic, found.partition))
-                starts.append(TopicPartition(self._topic, found.partition, self._start(found, low, high)))
+                starts.append(self._start(found, low, high))
         return starts
 
     def _asker(self) -> Consumer:
         own = {"group.id": self._group, "log_level": 2, "error_cb": self._patience.notice}  # it never joins
         return Consumer(self._kafka.for_consumer() | own, logger=log)
 
-    def _start(self, committed: TopicPartition, low: int, high: int) -> int:
-        where = f"{self._topic}/{committed.partition}"
+    def _start(self, committed: TopicPartition, low: int, high: int) -> "Place":
+        number = committed.partition
+        where = f"{self._topic}/{number}"
         if committed.offset > high:
             log.warning("%s: the topic was made anew: reading it from its beginning", where)
-            return low
+            return Place(number, low, chosen=True)
         if committed.offset < 0:
-            return high if self._kafka.begins_at_end else low
+            return Place(number, self._fresh_offset(number, low, high), chosen=True)
+        self._chosen.pop(number, None)
         if committed.offset < low:
             log.warning(
                 "%s: lines %d to %d were deleted before they were read; keep lines for longer than this process may "
                 "be away", where, committed.offset, low - 1,
             )  # fmt: skip
-        return max(committed.offset, low)
+        return Place(number, max(committed.offset, low))
+
+    def _fresh_offset(self, partition: int, low: int, high: int) -> int:
+        if not self._kafka.begins_at_end:
+            return low
+        chosen = self._chosen.get(partition, high)
+        if not low <= chosen <= high:
+            chosen = high
+        self._chosen[partition] = chosen  # should the first commit fail, what came since then is still to be sent
+        return chosen
 
 
 def _bounds(asker: Consumer, topic: str, partition: int) -> tuple[int, int]:

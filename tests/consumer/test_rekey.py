@@ -10,6 +10,7 @@ from prometheus_client import generate_latest
 
 from consumer.delivery import TransactionAborted
 from consumer.patience import Patience
+from consumer.places import Place
 from consumer.rekey import Rekeyer
 from consumer.settings import EventSettings, Settings
 from model.bundle import Bundle
@@ -140,7 +141,8 @@ class Places:
         self.delivery = delivery
 
     def starts(self, partitions):
-        return [TopicPartition("log-lines", number, self.delivery.committed.get(number, 0)) for number in partitions]
+        committed = self.delivery.committed
+        return [Place(number, committed.get(number, 0), number not in committed) for number in partitions]
 
 
 class Patient(Patience):
@@ -231,6 +233,18 @@ def test_the_offset_of_the_first_line_that_was_not_sent_is_committed(rekeyer, de
     rekeyer.play(script())
     assert rekeyer.status().counts == {"lines": 5, "events": 3, "unmatched_lines": 0, "skipped_lines": 1}
     assert rekeyer.status().dead_letters == {"bad_id": 1}
+
+
+def test_where_a_group_without_offsets_begins_is_committed_before_a_line_is_sent(rekeyer, delivery, clock):
+    """With auto.offset.reset: latest, whoever comes after a crash would begin behind all that came meanwhile."""
+
+    def script():
+        clock.pass_by()
+        yield (line(0, 0, 5), line(0, 1, 5))
+        assert delivery.blocks == []
+        assert delivery.committed == {0: 0, 1: 0}
+
+    rekeyer.play(script())
 
 
 def test_what_is_pending_is_read_again_after_a_partition_was_given_back_or_a_transaction_aborted(
