@@ -102,16 +102,19 @@ class Checkpointer:
     """Keeps one state partition in step with one partition of the detector.
 
     Args:
-        group: the consumer group, noted in the checkpoint.
+        group, topic: the consumer group and the event topic, noted in the checkpoint.
         recovered: what the state partition holds now.
         start: the input offset from which this owner reads.
     """
 
-    def __init__(self, detector: Detector, partition: int, group: str, recovered: Recovered, start: int) -> None:
+    def __init__(
+        self, detector: Detector, partition: int, group: str, topic: str, recovered: Recovered, start: int
+    ) -> None:
         self._detector = detector
         self._partition = partition
         self._store = detector.store(partition)
         self._group = group
+        self._topic = topic
         self._markers = dict(recovered.sessions.markers)
         self._vocabulary = detector.vocabulary
         self._vocabulary_id = vocabulary_id(self._vocabulary.events)
@@ -121,7 +124,7 @@ class Checkpointer:
         self._pending = np.zeros(0, np.int32)
         self._next: Checkpoint | None = None
         self._begun_at: int | None = recovered.checkpoint.offset if recovered.checkpoint else None
-        self._first = None if recovered.checkpoint else Checkpoint(start, NO_WATERMARK, group)
+        self._first = None if recovered.checkpoint else self._checkpoint(start, NO_WATERMARK)
 
     @property
     def is_unfinished(self) -> bool:
@@ -156,7 +159,7 @@ class Checkpointer:
             self._begun_at = position
             self._pending = self._store.unsaved()
             self._gone_before = len(self._gone)
-            self._next = Checkpoint(position, watermark, self._group)
+            self._next = self._checkpoint(position, watermark)
         if self._next is not None:
             some, self._pending = self._pending[:PER_COMMIT], self._pending[PER_COMMIT:]
             yield from self._sessions(some[self._store.are_unsaved(some)])
@@ -164,6 +167,9 @@ class Checkpointer:
                 yield CHECKPOINT, self._next.pack()
                 self._outdate_markers(self._next.offset)
                 self._next = None
+
+    def _checkpoint(self, offset: int, watermark: int) -> Checkpoint:
+        return Checkpoint(offset, watermark, self._group, topic=self._topic)
 
     def _sessions(self, slots: NDArray[np.int32]) -> Iterator[Record]:
         for begin in range(0, len(slots), PER_COMMIT):

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
 from consumer.clients import client
+from consumer.patience import AT_END
 from consumer.settings import Settings
 from consumer.topics import require_topic
 from model.errors import UserError
@@ -96,7 +97,7 @@ class TopicHistory:
             error = message.error()
             if error is None:
                 messages.append(message)
-            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own
+            elif error.code() == AT_END:
                 at_end = True
             elif not error.retriable():
                 raise UserError(f"{self.topic}: {error.str()}")

@@ -11,6 +11,7 @@ from consumer.delivery import StateRecord
 from consumer.detector import Detector
 from consumer.restore import Start, readable
 from consumer.settings import Settings
+from consumer.silence import Silence
 
 
 class Partition:
@@ -42,11 +43,14 @@ class Partition:
         self.number = number
         self.position = start.offset
         self.touched = start.chosen
-        self._active = time.monotonic()
+        self._end = 0  # what was before it was read, or will never be: records of transactions take offsets, too
+        self._silence = Silence(settings.windows.idle_timeout.total_seconds(), time.monotonic())
         self._replay: Replay | None = start.replay
         self._leftovers = start.leftovers
         self._store = detector.store(number)
-        self._checkpointer = Checkpointer(detector, number, settings.kafka.group, recovered, start.offset)
+        self._checkpointer = Checkpointer(
+            detector, number, settings.kafka.group, settings.topics.events, recovered, start.offset
+        )
         self.end_replay()
 
     @property
@@ -79,8 +83,14 @@ class Partition:
         if known < len(offsets):
             self.position = int(offsets[-1]) + 1
             self.touched = True
-            self._active = time.monotonic()
+            self._silence.begin(time.monotonic())
         return known, max(known, done)
+
+    def reach(self, end: int) -> None:
+        """Note that the client has handed out all that can be read before the offset `end`."""
+        self._end = max(self._end, end)
+        if self._replay is not None:  # offsets may have been set by hand behind the last message
+            self.position = max(self.position, min(end, self._replay.until))
 
     def end_replay(self) -> None:
         """Forget the replay once past all of it; for when the events moved past have been taken in."""
@@ -88,15 +98,28 @@ class Partition:
             self._replay = None
             self._store.end_replay()
 
-    def is_silent_since(self, moment: float) -> bool:
-        """Whether nothing came since a moment of the monotonic clock, in seconds; never during a replay."""
-        return self._active < moment and self._replay is None
+    @property
+    def is_silent(self) -> bool:
+        """Whether there was nothing to be read for the idle timeout; never during a replay."""
+        return self._silence.is_over and self._replay is None
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether blocks are open, and it is unknown by now whether there is more to be read."""
+        return bool(self._store.open_blocks) and self._silence.is_doubtful(time.monotonic())
+
+    def ends_at(self, end: int, asked: float) -> None:
+        """Take in the brokers' word on where it ended at a moment of the monotonic clock, in seconds."""
+        if end <= max(self.position, self._end):
+            self._silence.confirm(asked)
+        else:
+            self._silence.begin(asked)
 
     def closed_some(self) -> None:
         """Note that sessions were closed because of the silence, which begins anew once none is open."""
         self.touched = True
         if not self._store.open_blocks:
-            self._active = time.monotonic()
+            self._silence.begin(time.monotonic())
 
     def records(self, *, begin: bool) -> Iterator[StateRecord]:
         """Yield what belongs on the state topic with a commit of `position`; see `Checkpointer.records`."""

@@ -15,6 +15,7 @@ from threading import Event, Thread
 from typing import NoReturn, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
 
 from consumer.refusals import with_remedy
 from model.errors import UserError
@@ -40,6 +41,9 @@ HOPELESS = {
     KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
 }
 """Waiting does not mend these."""
+
+AT_END = KafkaError._PARTITION_EOF  # noqa: SLF001
+"""No trouble: a partition is read to its end."""
 
 _PASSING = {
     KafkaError._TIMED_OUT,  # noqa: SLF001
@@ -135,8 +139,10 @@ class Patience:
         self.check()
         self._say(error.code(), f"{error.str()}; trying again until it works")
 
-    def ask(self, client: Consumer, call: Callable[[], T]) -> T:
+    def ask(self, client: Consumer | AdminClient, call: Callable[[], T]) -> T:
         """Make a call again while brokers are away or busy: a predecessor's transaction may have to time out first.
+
+        What a `client` that reads hands out meanwhile is lost.
 
         Raises:
             UserError: Kafka refuses, or as `check`.

@@ -5,19 +5,18 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
-from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import Consumer, Message, TopicPartition
 
 from consumer.clients import member
 from consumer.cutting import Cut, Cutter
 from consumer.merge import Merge
-from consumer.patience import Patience
+from consumer.patience import AT_END, Patience
 from consumer.settings import Settings
 
 log = logging.getLogger("consumer")
 
 _SILENCE_SECONDS = 5.0  # of a partition that holds up the others
 _SETTLED_SECONDS = 0.3  # after which what has come to Kafka has been read, three waits of its answers
-_AT_END = KafkaError._PARTITION_EOF  # noqa: SLF001 - librdkafka's own
 
 _SIDE_BY_SIDE = {
     "queued.min.messages": 10_000,  # what is read ahead of a partition that is paused is thrown away
@@ -59,7 +58,7 @@ class Reading:
         self._begin_turn()
         for message in messages:
             error, partition, offset = message.error(), message.partition(), message.offset()
-            if error is not None and error.code() != _AT_END:
+            if error is not None and error.code() != AT_END:
                 yield message
                 continue
             self._silence.pop(partition, None)

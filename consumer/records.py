@@ -271,12 +271,16 @@ def _heads(records: Names) -> NDArray[np.void]:
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
-    """Every open session with an event before `offset` has a record. `watermark` is the one at `offset`."""
+    """Every open session with an event before `offset` has a record. `watermark` is the one at `offset`.
+
+    `group` and `topic` are the consumer group and the event topic; earlier versions noted no topic.
+    """
 
     offset: int
     watermark: int
     group: str
     version: int = VERSION
+    topic: str = ""
 
     def pack(self) -> bytes:
         """Return the record."""

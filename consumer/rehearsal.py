@@ -32,7 +32,7 @@ def rehearse(artifacts: Artifacts, settings: Settings) -> None:
     for _ in range(2):
         detector.assign(0, found.sessions, 0, 2)
         detector.process({0: batch})
-        records = dict(Checkpointer(detector, 0, "", recover({}, detector.vocabulary), 0).records(2, begin=True))
+        records = dict(Checkpointer(detector, 0, "", "", recover({}, detector.vocabulary), 0).records(2, begin=True))
         found = recover({key: value for key, value in records.items() if value is not None}, detector.vocabulary)
     detector.close(0)
     gc.collect()

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from consumer.checkpoint import Recovered, Replay, recover
 from consumer.clients import CALL_SECONDS, client, committed_offsets
 from consumer.faultpoints import come_by
-from consumer.patience import Patience, is_passing
+from consumer.patience import AT_END, Patience, is_passing
+from consumer.records import Checkpoint
 from consumer.refusals import with_remedy
 from consumer.settings import Settings
 from consumer.topics import check_state_topic
@@ -126,11 +127,8 @@ class Restorer:
         with readable(self._settings.topics.state, partition):
             recovered = recover(records, vocabulary)
         checkpoint = recovered.checkpoint
-        if checkpoint is not None and checkpoint.group != self._settings.kafka.group:
-            raise UserError(
-                f"topic {self._settings.topics.state} belongs to the consumer group {checkpoint.group}; "
-                "give this group a state topic of its own: topics.state"
-            )
+        if checkpoint is not None:
+            self._require_own(checkpoint)
         if committed.offset >= 0:
             self._chosen.pop(partition, None)
         if committed.offset < 0 or committed.offset > high:
@@ -165,6 +163,19 @@ class Restorer:
             where, f"{len(recovered.sessions):,}", time.monotonic() - began, kafka, f"{replay.until - offset:,}",
         )  # fmt: skip
         return Start(offset, recovered, replay, [])
+
+    def _require_own(self, checkpoint: Checkpoint) -> None:
+        state, events, group = self._settings.topics.state, self._settings.topics.events, self._settings.kafka.group
+        if checkpoint.group != group:
+            raise UserError(
+                f"topic {state} belongs to the consumer group {checkpoint.group}; "
+                "give this group a state topic of its own: topics.state"
+            )
+        if checkpoint.topic not in (events, ""):
+            raise UserError(
+                f"topic {state} holds the windows of {checkpoint.topic}; "
+                f"give the windows of {events} a topic of their own: topics.state"
+            )
 
     def _fresh_offset(self, partition: int, low: int, high: int) -> int:
         if not self._settings.kafka.begins_at_end:
@@ -242,8 +253,8 @@ class Restorer:
                         records.pop(message.key(), None)
                     else:
                         records[message.key()] = message.value()
-                elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - librdkafka's own
-                    if message.offset() >= self._patience.ask(reader, lambda: self._end(admin, topic, partition)):
+                elif error.code() == AT_END:
+                    if message.offset() >= self._patience.ask(admin, lambda: self._end(admin, topic, partition)):
                         return records
                     waits = ", waiting for the end of a transaction"  # another end is told when that has come
                 elif is_passing(error):

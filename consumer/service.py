@@ -29,10 +29,11 @@ from consumer.letters import KINDS, dead_letter, kind
 from consumer.logs import minute
 from consumer.metrics import Metrics, PartitionStatus, Status
 from consumer.partition import Partition
-from consumer.patience import Patience
+from consumer.patience import AT_END, Patience
 from consumer.rehearsal import rehearse
 from consumer.restore import Restorer
 from consumer.settings import Settings
+from consumer.silence import Ends
 from consumer.web import serving
 
 log = logging.getLogger("consumer")
@@ -72,7 +73,8 @@ class Service:
     def _run(self) -> None:
         rehearse(self._watcher.in_use, self._settings)
         self._delivery = delivery_for(self._settings, self._patience)
-        self._consumer = member(self._settings, self._patience, defaults=READ_AHEAD)
+        self._consumer = member(self._settings, self._patience, defaults=READ_AHEAD, enable_partition_eof=True)
+        self._ends = Ends(self._settings, self._topic)
         self._assignment = Assignment(
             self._settings,
             self._detector,
@@ -136,10 +138,21 @@ class Service:
         if self._assignment.recovery_due:  # a callback lost the transaction: memory is ahead of what is committed
             self._assignment.recover()  # and the messages will be read again
         elif messages:
-            self.messages += len(messages)
-            self._metrics.batch_messages.observe(len(messages))
-            with self._metrics.batch_seconds.time():
-                self._take(messages)
+            by_partition, ends = self._sorted(messages)
+            floods = self._count_and_take(by_partition) if by_partition else {}
+            for number, partition in self._assignment.partitions.items():
+                if number in ends and number not in floods:
+                    partition.reach(ends[number])
+                partition.end_replay()
+            for number, time_ahead in floods.items():
+                self._close_ahead_of(number, time_ahead)
+
+    def _count_and_take(self, by_partition: Mapping[int, Sequence[Message]]) -> Mapping[int, int]:
+        count = sum(map(len, by_partition.values()))
+        self.messages += count
+        self._metrics.batch_messages.observe(count)
+        with self._metrics.batch_seconds.time():
+            return self._take(by_partition)
 
     def summary(self) -> str:
         """Return where things stand, in a line."""
@@ -193,12 +206,15 @@ class Service:
             alarm=drift.alarm,
         )
 
-    def _take(self, messages: Sequence[Message]) -> None:
-        """Decode and judge messages; alerts and dead letters go to the delivery."""
+    def _take(self, by_partition: Mapping[int, Sequence[Message]]) -> Mapping[int, int]:
+        """Decode and judge messages; alerts and dead letters go to the delivery.
+
+        Returns by partition, in milliseconds, the time of the event up to which it was read only, for what it ends.
+        """
         live: dict[int, EventBatch] = {}
         unfit: list[tuple[Message, str]] = []
         floods: dict[int, int] = {}
-        for number, some in self._by_partition(messages).items():
+        for number, some in by_partition.items():
             batch, refused, flood = self._decoded(number, some)
             unfit += refused
             if batch is not None:
@@ -211,20 +227,21 @@ class Service:
             self._look_for_crossings(live)
         for message, reason in unfit:  # only now: what is sent first opens the transaction, and its time runs
             self._bury(message, reason)
-        for partition in self._assignment.partitions.values():
-            partition.end_replay()
-        for number, time_ahead in floods.items():
-            self._close_ahead_of(number, time_ahead)
+        return floods
 
-    def _by_partition(self, messages: Sequence[Message]) -> Mapping[int, Sequence[Message]]:
-        """Sort messages by partition; what came in the place of one goes to the assignment."""
+    def _sorted(self, messages: Sequence[Message]) -> tuple[Mapping[int, Sequence[Message]], Mapping[int, int]]:
+        """Return messages by partition, and where those end that are read to their end; errors go to the assignment."""
         by_partition: dict[int, list[Message]] = {}
+        ends: dict[int, int] = {}
         for message in messages:
-            if message.error() is None:
+            error = message.error()
+            if error is None:
                 by_partition.setdefault(message.partition(), []).append(message)
+            elif error.code() == AT_END:
+                ends[message.partition()] = message.offset()
             else:
-                self._assignment.on_error(message.error(), message.partition())
-        return by_partition
+                self._assignment.on_error(error, message.partition())
+        return by_partition, ends
 
     def _decoded(
         self, number: int, messages: Sequence[Message]
@@ -278,9 +295,13 @@ class Service:
 
     def _close_silent(self) -> None:
         """Close the sessions of partitions that have been silent for the idle timeout, on the wall clock."""
-        limit = time.monotonic() - self._settings.windows.idle_timeout.total_seconds()
-        for number, partition in self._assignment.partitions.items():
-            if partition.is_silent_since(limit):
+        partitions = self._assignment.partitions
+        for number, asked, end in self._ends.answers():
+            if number in partitions:
+                partitions[number].ends_at(end, asked)
+        self._ends.ask([number for number, known in partitions.items() if known.is_doubtful], time.monotonic())
+        for number, partition in partitions.items():
+            if partition.is_silent:
                 self._publish(self._detector.close(number, PER_COMMIT))
                 self._say_alarms()
                 partition.closed_some()

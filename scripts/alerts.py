@@ -9,12 +9,13 @@ from contextlib import closing
 from pathlib import Path
 
 import msgspec
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
 from consumer.alerts import Alert
+from consumer.patience import AT_END
 from consumer.settings import Settings, load_settings
 from consumer.topics import require_topic
 from model.cli import argument_parser, console, errors, run
@@ -138,7 +139,7 @@ class TopicReader:
         trouble = message.error()
         if trouble is None:
             return message
-        if trouble.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's name for it
+        if trouble.code() == AT_END:
             self._unread.discard(message.partition())
         elif not trouble.retriable():
             raise UserError(f"{self._topic}: {trouble.str()}")

@@ -52,23 +52,49 @@ def test_messages_are_known_published_or_new_by_their_offsets(take_over):
 def test_it_is_silent_once_its_replay_is_over_until_none_of_its_sessions_is_open(take_over, detector, monkeypatch):
     clock = SimpleNamespace(monotonic=lambda: clock.now, now=100.0)
     monkeypatch.setattr("consumer.partition.time", clock)
+
+    def pass_by(end):
+        for _ in range(730):  # two minutes each, a day in all
+            clock.now += 120.0
+            partition.ends_at(end, clock.now)
+
     partition = take_over(0, Replay(1, 2))
-    assert not partition.is_silent_since(101), "a replay goes on"
-    clock.now = 200.0
-    read(partition, 0, 1)
-    detector.process({NUMBER: EventBatch.of(["x"], [4], [1000], [1])})
+    read(partition, 0)
+    detector.process({NUMBER: EventBatch.of(["x"], [4], [1000], [0])})
+    pass_by(1)
+    assert not partition.is_silent, "a replay goes on"
+    read(partition, 1)
     partition.end_replay()
-    assert partition.is_silent_since(201)
-    assert not partition.is_silent_since(200)
+    pass_by(3)
+    assert not partition.is_silent, "there is more to be read"
+    clock.now += 61.0
+    assert partition.is_doubtful
+    pass_by(2)
+    assert partition.is_silent
+    assert not partition.is_doubtful
 
     partition.committed()
-    clock.now = 300.0
     partition.closed_some()
     assert partition.touched
-    assert partition.is_silent_since(201), "there is more to be closed"
+    assert partition.is_silent, "there is more to be closed"
     detector.close(NUMBER)
     partition.closed_some()
-    assert not partition.is_silent_since(300)
+    assert not partition.is_silent
+    clock.now += 3600.0
+    assert not partition.is_doubtful, "nothing is open"
+
+
+def test_records_of_transactions_at_the_end_are_nothing_to_wait_for(take_over):
+    """Offsets that were set to the end by hand lie behind them."""
+    partition = take_over(5, Replay(9, 9))
+    read(partition, 5, 6)
+    assert partition.catch_up == 2
+    partition.reach(8)
+    assert (partition.position, partition.catch_up) == (8, 1)
+    partition.reach(12)
+    partition.end_replay()
+    assert (partition.position, partition.catch_up) == (9, 0), "what comes next was not read by a predecessor"
+    assert read(partition, 12) == (0, 0)
 
 
 def test_a_commit_deletes_leftovers_once_and_a_checkpoint_stores_what_no_replay_will_tell(take_over, detector):

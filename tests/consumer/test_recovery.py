@@ -16,7 +16,7 @@ from consumer.records import BLOCK, DRIFT, Checkpoint, DamagedRecordError, Drift
 from consumer.settings import DriftSettings
 from model.vocabulary import UNK, Vocabulary
 
-PARTITION, GROUP = 0, "group"
+PARTITION, GROUP, TOPIC = 0, "group", "log-events"
 TOUCHY = DriftSettings(failing_share=0, batch=3, false_alarm_every=100)
 
 
@@ -52,7 +52,7 @@ class Machine:
             self.detector.replay(PARTITION, batch_of(vocabulary, self.events, offset, offset + 1))
         if self.committed >= found.end:
             self.detector.store(PARTITION).end_replay()
-        self.checkpointer = Checkpointer(self.detector, PARTITION, GROUP, found, start)
+        self.checkpointer = Checkpointer(self.detector, PARTITION, GROUP, TOPIC, found, start)
         self.position, self.pending = self.committed, []
 
     def read(self, count, portions=10**6):
@@ -200,7 +200,7 @@ def test_after_a_handover_nothing_is_replayed(scorer, make_threshold):
     machine = Machine(scorer, make_threshold(0.5), [("X", "a", 0), ("Y", "a", 1), ("X", "b", 2)], 100)
     machine.read(3)
     machine.hand_over()
-    assert recover(machine.topic, scorer.bundle.vocabulary).checkpoint == Checkpoint(3, 2, GROUP)
+    assert recover(machine.topic, scorer.bundle.vocabulary).checkpoint == Checkpoint(3, 2, GROUP, topic=TOPIC)
 
 
 def test_a_handover_writes_no_more_with_one_commit_than_any_other(scorer, make_threshold, monkeypatch):

@@ -21,7 +21,7 @@ from consumer.patience import Patience
 from consumer.records import BLOCK, VOCABULARY, SessionState, vocabulary_id
 from consumer.restore import Start
 from consumer.service import Service
-from consumer.settings import CommitSettings, MetricsSettings, ReloadSettings, Settings
+from consumer.settings import CommitSettings, MetricsSettings, ReloadSettings, Settings, WindowSettings
 from model.errors import UserError
 
 TOPICS = Settings().topics
@@ -62,6 +62,16 @@ class Trouble(Message):
 
     def error(self):
         return KafkaError(self._code, "as a test wants it")
+
+
+class End(Message):
+    """Nothing more to read."""
+
+    def __init__(self, partition, offset):
+        super().__init__(partition, offset, "")
+
+    def error(self):
+        return KafkaError(KafkaError._PARTITION_EOF)
 
 
 class Garbage(Message):
@@ -198,13 +208,33 @@ def member():
     return Member()
 
 
+class Brokers:
+    """Say where partitions end, if they are there."""
+
+    def __init__(self):
+        self.ends, self.away, self._asked = {}, False, {}
+
+    def ask(self, partitions, now):
+        self._asked |= dict.fromkeys(partitions, now)
+
+    def answers(self):
+        asked, self._asked = self._asked, {}
+        return [(number, now, self.ends[number]) for number, now in asked.items() if not self.away]
+
+
 @pytest.fixture
-def play(bundle, make_threshold, delivery, restorer, member, monkeypatch):
+def brokers():
+    return Brokers()
+
+
+@pytest.fixture
+def play(bundle, make_threshold, delivery, restorer, member, brokers, monkeypatch):
     """Run a service through scenes."""
     monkeypatch.setattr("consumer.service.rehearse", lambda *_: None)
     monkeypatch.setattr("consumer.service.delivery_for", lambda *_: delivery)
     monkeypatch.setattr("consumer.service.member", lambda *_, **__: member)
     monkeypatch.setattr("consumer.service.Restorer", lambda *_: restorer)
+    monkeypatch.setattr("consumer.service.Ends", lambda *_: brokers)
 
     def play(*scenes, **settings):
         member.scenes, member.patience = list(scenes), Patient()
@@ -374,6 +404,63 @@ def test_an_event_that_ends_many_sessions_waits_until_they_are_closed_commit_by_
     assert closed[1] == ["x0", "x1"]
     assert closed[3] == ["x2", "x3"]
     assert closed[4] == ["late"]
+
+
+@pytest.mark.parametrize("trouble", [None, "outage", "backlog", "stopped"])
+def test_blocks_of_a_silent_partition_are_closed_only_where_brokers_say_that_nothing_is_there(
+    play, member, brokers, clock, delivery, trouble
+):
+    """Else an outage, a process that stood still or a backlog would end all blocks in mid-life."""
+    brokers.ends = {0: 1}
+
+    def begin():
+        member.rebalance("assign", 0)
+        return [Message(0, 0, "x", "a")]
+
+    def quiet():
+        clock.sleep(60)
+
+    def trouble_begins():
+        if trouble == "outage":
+            brokers.away = True
+        elif trouble == "backlog":
+            brokers.ends = {0: 7}
+        elif trouble == "stopped":
+            clock.sleep(4000)
+        clock.sleep(60)
+
+    def trouble_is_over():
+        brokers.away, brokers.ends = False, {0: 1}
+        clock.sleep(60)
+
+    closing = {"idle_timeout": timedelta(hours=1)}
+    service = play(
+        begin,
+        *[quiet] * 20,
+        trouble_begins,
+        *[quiet] * 20,
+        trouble_is_over,
+        *[quiet] * 30,
+        windows=WindowSettings(**closing),
+    )
+    assert service.alerts.total() == (trouble is None)
+    assert delivery.alerted == ([b"x"] if trouble is None else [])
+
+
+def test_where_a_topic_ends_is_told_by_the_client_and_is_no_message(play, member, brokers, clock, delivery):
+    """In a topic of transactions the end lies behind the last message."""
+    brokers.ends = {0: 2}
+
+    def begin():
+        member.rebalance("assign", 0)
+        return [Message(0, 0, "x", "a"), End(0, 2)]
+
+    def quiet():
+        clock.sleep(1)
+
+    service = play(begin, *[quiet] * 40, windows=WindowSettings(idle_timeout=timedelta(seconds=30)))
+    assert delivery.alerted == [b"x"]
+    assert service.messages == 1
 
 
 def test_what_is_counted_goes_on_after_a_reload(play, member, monkeypatch, bundle, make_threshold):

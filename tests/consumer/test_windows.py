@@ -145,7 +145,7 @@ def test_blocks_share_the_text_of_an_unknown_event():
     """A new version of the sender may bring one to each of a million blocks."""
     store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
     for offset, block in enumerate("xy"):
-        list(store.apply(EventBatch.of([block], [UNK], [0], [offset], {0: "".join(["n", "ew"])})))
+        list(store.apply(EventBatch.of([block], [UNK], [0], [offset], {0: str(b"new", "ascii")})))
     (one,), (other,) = (store.unknown(slot).values() for slot in store.unsaved().tolist())
     assert one == "new"
     assert one is other

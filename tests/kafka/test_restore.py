@@ -5,12 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from consumer.patience import Patience, is_passing
 from consumer.records import CHECKPOINT, Checkpoint
 from consumer.restore import Restorer
 from consumer.settings import KafkaSettings
 from consumer.topics import TopicSpec, ensure_topics
+from model.errors import UserError
 from model.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(("a",))
@@ -28,10 +30,10 @@ class Predecessor:
         )
         self._producer.init_transactions(10)
 
-    def checkpoint(self, partition, offset):
+    def checkpoint(self, partition, offset, topic=""):
         """Write a checkpoint; the transaction stays open until `end`."""
         self._producer.begin_transaction()
-        record = Checkpoint(offset, 1000, self._made.name).pack()
+        record = Checkpoint(offset, 1000, self._made.name, topic=topic).pack()
         self._producer.produce(self._made.settings.topics.state, record, CHECKPOINT, partition=partition)
         assert self._producer.flush(10) == 0
 
@@ -80,6 +82,38 @@ def test_a_transaction_that_the_state_partition_has_not_seen_the_end_of_is_waite
     assert waited
     assert start.recovered.checkpoint.offset == offset
     assert (start.offset, start.replay.until) == (offset, 5)
+
+
+def test_what_is_read_while_the_brokers_fail_to_tell_an_end_is_not_lost(group, monkeypatch):
+    made, consumer = group
+    made.predecessor.checkpoint(0, 2)
+    made.predecessor.end()
+    made.predecessor.checkpoint(0, 4)
+    failures = []
+
+    class Faltering(AdminClient):
+        def list_offsets(self, *places, **options):
+            if len(failures) < 3:
+                if not failures:
+                    made.predecessor.end()
+                    time.sleep(1)  # its records arrive
+                failures.append(KafkaException(KafkaError(KafkaError._TIMED_OUT)))
+                raise failures[-1]
+            return super().list_offsets(*places, **options)
+
+    monkeypatch.setattr("consumer.restore.AdminClient", Faltering)
+    (start,) = Restorer(made.settings, consumer, Patience()).starts([0], VOCABULARY)
+    assert len(failures) == 3
+    assert start.recovered.checkpoint.offset == 4
+
+
+def test_windows_of_another_topic_are_left_alone(group):
+    """As by a copy of the settings in which only topics.events is another."""
+    made, consumer = group
+    made.predecessor.checkpoint(0, 2, topic="others")
+    made.predecessor.end()
+    with pytest.raises(UserError, match=r"holds the windows of others; give the windows of .* a topic of their own"):
+        next(Restorer(made.settings, consumer, Patience()).starts([0], VOCABULARY))
 
 
 @pytest.mark.parametrize(("policy", "offset"), [("earliest", 0), ("latest", 9)])
