@@ -20,14 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.block_scores import CACHE, Block, SessionScores, keep_highest
-from consumer.events import CLOCK, TOMBSTONE, EventBatch, Messages
+from consumer.events import CLOCK, NO_WATERMARK, TOMBSTONE, EventBatch, Messages
 from consumer.history import TopicHistory
 from consumer.scores import LookScores
 from consumer.settings import Settings, milliseconds
 from consumer.text import AnyDecoder, decoder_for
 from model.scoring import Scorer
 
-_BEFORE = -1
 """A watermark before the first event."""
 
 _NEVER = 2**62
@@ -100,7 +99,7 @@ class PartitionTraffic:
         self._begin = begin or 0
         self._end = _NEVER if end is None else end
         self._warm_up = idle_timeout if cut else None
-        self._watermark = _BEFORE
+        self._watermark = NO_WATERMARK
         self._start: int | None = None  # offset with which the range began
         self.is_over = False
         """Whether the range's end has been reached: no further record matters."""
@@ -111,9 +110,9 @@ class PartitionTraffic:
         # Rows before each dead letter.
         dead = np.searchsorted(batch.offsets, messages.offsets[[letter.place for letter in refused]]).tolist()
         offsets = batch.offsets
-        times = np.where(batch.tokens == TOMBSTONE, _BEFORE, batch.times)
+        times = np.where(batch.tokens == TOMBSTONE, NO_WATERMARK, batch.times_after(self._watermark))
         watermarks = np.maximum(np.maximum.accumulate(times), self._watermark)  # (N,) ascending
-        if self._warm_up is not None and len(events := watermarks[watermarks > _BEFORE]):
+        if self._warm_up is not None and len(events := watermarks[watermarks > NO_WATERMARK]):
             self._begin, self._warm_up = max(self._begin, int(events[0]) + self._warm_up + 1), None
 
         begun = self._start is not None or (self._begin == 0 and self._warm_up is None)

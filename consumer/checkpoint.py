@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consumer.detector import Detector
-from consumer.kernel import NO_WATERMARK
+from consumer.events import NO_WATERMARK
 from consumer.names import Names
 from consumer.records import (
     BLOCK,

@@ -46,14 +46,14 @@ class Cutter:
         self._known = tokens.keys()
         self._decoder = TextDecoder(known_lines(settings, bundle), tokens, milliseconds(settings.windows.max_ahead))
 
-    def cut(self, message: Message) -> Cut:
-        """Return what is to be sent of a message."""
+    def cut(self, message: Message, before: int | None = None) -> Cut:
+        """Return what is to be sent of a message; `before` is the time of the newest line before, in its partition."""
         source = f"{message.topic()}/{message.partition()}/{message.offset()}"
         key, line = message.key(), message.value()
         if line is None:
             return Cut(source, letter=(message, "neither key nor value")) if key is None else Cut(source, over=key)
         try:
-            rows = self._decoder.rows(line, message.timestamp()[1])
+            rows = self._decoder.rows(line, message.timestamp()[1], before)
         except Undecodable as reason:
             return Cut(source, letter=(message, str(reason)))
         return Cut(source, rows, bool(rows) and rows[0][1] not in self._known)

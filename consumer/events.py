@@ -27,6 +27,9 @@ TOMBSTONE = -1
 CLOCK = -2
 """Stands in the token column for an event that only moves the watermark."""
 
+NO_WATERMARK = -(2**62)
+"""The watermark before the first event: earlier than any."""
+
 MAX_ID_BYTES = 1024
 """Longest block id or event id, in bytes of UTF-8: an id is a name, and names are kept in memory."""
 
@@ -109,6 +112,7 @@ class EventBatch:
         times: (N,) milliseconds since 1970; 0 for a tombstone.
         offsets: (N,) in the partition.
         unknown: event id at the places whose token is UNK.
+        untimed: (N,) whether an event tells no time: its entry in `times` is then its message's. None: all do.
     """
 
     names: Names
@@ -116,6 +120,7 @@ class EventBatch:
     times: NDArray[np.int64]
     offsets: NDArray[np.int64]
     unknown: Mapping[int, str] = field(default_factory=dict)
+    untimed: NDArray[np.bool_] | None = None
 
     @classmethod
     def of(
@@ -148,7 +153,25 @@ class EventBatch:
         """Return the events from row `begin` up to `end`."""
         part = slice(begin, end)
         unknown = {row - begin: event for row, event in self.unknown.items() if begin <= row < end}
-        return EventBatch(self.names.take(part), self.tokens[part], self.times[part], self.offsets[part], unknown)
+        untimed = None if self.untimed is None else self.untimed[part]
+        return EventBatch(
+            self.names.take(part), self.tokens[part], self.times[part], self.offsets[part], unknown, untimed
+        )
+
+    def times_after(self, watermark: int) -> NDArray[np.int64]:
+        """Return the times (N,), when the newest event before had the time `watermark`.
+
+        An event that tells none is as old as the newest before it, as a line of a stack trace is; the very first of all
+        is as old as its message.
+        """
+        if self.untimed is None or not self.untimed.any():
+            return self.times
+        tell = ~self.untimed
+        if watermark == NO_WATERMARK and (events := np.flatnonzero(self.tokens != TOMBSTONE)).size:
+            tell[events[0]] = True
+        tell &= self.tokens != TOMBSTONE
+        newest = np.maximum(np.maximum.accumulate(np.where(tell, self.times, NO_WATERMARK)), watermark)
+        return np.where(tell | (self.tokens == TOMBSTONE), self.times, newest)
 
 
 class _Event(NamedTuple):

@@ -15,9 +15,6 @@ from consumer.names import NONE, mix
 from model.jit import njit
 from model.vocabulary import BOS, END, PAD
 
-NO_WATERMARK = -(2**62)
-"""The watermark before the first event: earlier than any."""
-
 PAGE = 10
 """Events of a page."""
 

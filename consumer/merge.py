@@ -119,6 +119,11 @@ class Merge(Generic[T]):
         known = self._partitions.get(partition)
         return known is not None and offset >= known.read
 
+    def latest(self, partition: int) -> int | None:
+        """Return the time of the newest line of a partition so far, None if none told any."""
+        time = self._partitions[partition].age[0]
+        return None if time == -math.inf else int(time)
+
     def add(self, partition: int, offset: int, time: int | None, sent: int, size: int, content: T) -> None:
         """Take in the next line of a partition.
 

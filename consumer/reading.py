@@ -65,7 +65,7 @@ class Reading:
             if error is not None:
                 self._merge.rest(partition)
             elif self._merge.wants(partition, offset):  # else it is no longer ours, or known
-                cut = cutter.cut(message)
+                cut = cutter.cut(message, self._merge.latest(partition))
                 self._merge.add(partition, offset, cut.time, message.timestamp()[1], len(message), cut)
         self._give_up_on_silence(waited)
 

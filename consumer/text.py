@@ -34,6 +34,7 @@ class Columns:
         blocks: block id.
         events: event id.
         times: milliseconds since 1970.
+        untimed: those, counted from 0, whose line tells no time: theirs is its message's.
         refused: by place.
     """
 
@@ -41,10 +42,13 @@ class Columns:
     blocks: list[str]
     events: list[str]
     times: list[int]
+    untimed: list[int]
     refused: dict[int, Undecodable]
 
-    def add(self, place: int, block: str, event: str, time: int) -> None:
+    def add(self, place: int, block: str, event: str, time: int, *, told: bool = True) -> None:
         """Append an event."""
+        if not told:
+            self.untimed.append(len(self.places))
         self.places.append(place)
         self.blocks.append(block)
         self.events.append(event)
@@ -69,17 +73,24 @@ class TextDecoder:
         self._tombstones = Decoder(EventSettings(), tokens)
         self.skipped = 0
 
-    def rows(self, value: bytes, sent: int) -> list[Row]:
-        """Return what a line says; `sent` is its Kafka timestamp in milliseconds, its time if it tells none itself.
+    def rows(self, value: bytes, sent: int, before: int | None = None) -> list[Row]:
+        """Return what a line says.
+
+        Args:
+            value: the line.
+            sent: its Kafka timestamp in milliseconds.
+            before: time of the newest line before it. One that tells none itself is as old as that; as `sent`, if this
+                is not known.
 
         Raises:
             Undecodable: it cannot be an event; the text says why.
         """
-        return self._rows(*self._lines.read(_text(value)), sent)
+        blocks, event, time = self._lines.read(_text(value))
+        return self._rows(blocks, event, time, sent, before)
 
     def columns(self, values: Sequence[bytes], sent: Sequence[int]) -> Columns:
-        """Return what each of many lines says, as `rows`; this is faster."""
-        columns = Columns([], [], [], [], {})
+        """Return what each of many lines says, as `rows` without what was before; this is faster."""
+        columns = Columns([], [], [], [], [], {})
         for start in range(0, len(values), _AT_ONCE):
             end = start + _AT_ONCE
             self._append(columns, start, values[start:end], sent[start:end])
@@ -95,11 +106,13 @@ class TextDecoder:
                     columns.refused[place] = reason
                     continue
                 for block, _, at in rows:
-                    columns.add(place, block, event, at)
+                    columns.add(place, block, event, at, told=time is not None)
             else:
                 columns.add(place, blocks[0], event, time)
 
-    def _rows(self, blocks: Sequence[str], event: str, time: int | None, sent: int) -> list[Row]:
+    def _rows(
+        self, blocks: Sequence[str], event: str, time: int | None, sent: int, before: int | None = None
+    ) -> list[Row]:
         if not blocks:
             self.skipped += 1
             return []
@@ -108,8 +121,8 @@ class TextDecoder:
                 raise Undecodable("the line tells no time, and its message has no timestamp")
             if sent > LATEST:  # a shipper that counts microseconds: no alert could write such a year
                 raise Undecodable("the timestamp of the message, which is its line's, lies after the year 9999")
-            time = sent
-        if time - sent > self._max_ahead:
+            time = sent if before is None else before
+        elif time - sent > self._max_ahead:
             raise Undecodable("the timestamp is further ahead of the message's own than windows.max_ahead allows")
         for block in blocks:
             if len(block) * 4 > MAX_ID_BYTES and len(block.encode()) > MAX_ID_BYTES:
@@ -138,6 +151,8 @@ class TextDecoder:
             tokens += [TOMBSTONE] * len(closed)
             events += [""] * len(closed)
             times += [0] * len(closed)
+        untimed = np.zeros(len(places), np.bool_)
+        untimed[found.untimed] = True
         order = np.argsort(places, kind="stable")
         in_order = [names[place] for place in order.tolist()]
         batch = EventBatch(
@@ -145,6 +160,7 @@ class TextDecoder:
             np.array(tokens, np.int32)[order],
             np.array(times, np.int64)[order],
             messages.offsets[np.array(places, np.int64)[order]],
+            untimed=untimed[order],
         )
         unknown = {row: events[order[row]] for row in np.flatnonzero(batch.tokens == UNK).tolist()}
         return replace(batch, unknown=unknown), sorted(refused)

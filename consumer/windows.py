@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from consumer.events import TOMBSTONE, EventBatch
+from consumer.events import NO_WATERMARK, TOMBSTONE, EventBatch
 from consumer.kernel import (
     FREE_PAGE,
     LISTED,
     LOOK,
     NEWEST,
-    NO_WATERMARK,
     OLDEST,
     PAGE,
     SESSION,
@@ -172,7 +171,8 @@ class WindowStore:
             unknown.setdefault(slot, self.unknown(slot))[int(batch.offsets[place])] = event
         for slot, names in unknown.items():
             self._know(slot, names)
-        yield from self._run(slots, batch.tokens, batch.times, batch.offsets)
+        times = batch.times_after(int(self._sessions.clock[0]))
+        yield from self._run(slots, batch.tokens, times, batch.offsets)
         rows = self._sessions.rows
         begun = (rows["count"][slots] > 0) & (rows["first_offset"][slots] == batch.offsets)
         self.opened = batch.names.take((slots != NONE) & begun)
@@ -190,7 +190,8 @@ class WindowStore:
         Sessions that the batch begins do not count; those that it keeps alive before that event may.
         """
         clock = self._sessions.clock[0]
-        times = np.maximum.accumulate(np.where(batch.tokens == TOMBSTONE, clock, np.maximum(batch.times, clock)))
+        own = batch.times_after(int(clock))
+        times = np.maximum.accumulate(np.where(batch.tokens == TOMBSTONE, clock, np.maximum(own, clock)))
         ending = self._expiring(int(times[-1]) if len(times) else NO_WATERMARK, at_most + 1)
         if len(ending) <= at_most:
             return None

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.crossings import Crossings
-from consumer.events import LATEST, TOMBSTONE, Messages, Undecodable
+from consumer.events import LATEST, NO_WATERMARK, TOMBSTONE, Messages, Undecodable
 from consumer.names import Names
 from consumer.settings import Settings
 from consumer.text import TextDecoder, decoder_for
@@ -63,7 +63,19 @@ def test_lines_without_a_block_are_counted_and_skipped(decoder):
     assert decoder.skipped == 2
 
 
-def test_a_line_without_a_time_is_as_old_as_its_message(decoder):
+def test_a_line_without_a_time_is_as_old_as_the_newest_before_it(decoder):
+    """As a line of a stack trace, in old logs that are sent today: else it would end every block of its partition."""
+    trace, now = (None, b"at start blk_1"), TIME + 10**11
+    batch, _ = decoder.decode(messages(trace, (None, HEAD + b"start blk_2"), trace, (b"blk_2", None), trace, sent=now))
+    assert batch.times_after(NO_WATERMARK).tolist() == [now, TIME, now, 0, now], (
+        "the first of all is as old as its message"
+    )
+    assert batch.times_after(TIME - 5).tolist() == [TIME - 5, TIME, TIME, 0, TIME]
+    assert batch.rows(2, 5).times_after(TIME + 5).tolist() == [TIME + 5, 0, TIME + 5]
+    assert decoder.rows(b"start blk_1", now, TIME) == [("blk_1", START, TIME)]
+
+
+def test_a_line_without_a_time_and_with_none_before_is_as_old_as_its_message(decoder):
     for sent in (77, LATEST):
         assert decoder.rows(b"start blk_1", sent) == [("blk_1", START, sent)]
     with pytest.raises(Undecodable, match="tells no time"):

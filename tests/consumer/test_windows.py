@@ -1,7 +1,7 @@
 """The window store against a plain oracle that reads like DESIGN: dictionaries, lists, no arrays."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -139,6 +139,33 @@ def test_the_names_of_unknown_events_in_the_window_are_known(events, cuts):
                     assert token != UNK or names[int(offset)] == f"name {offset}"
     for slot in store.unsaved().tolist():
         assert len(store.unknown(slot)) <= WINDOW, "names of events that left the window are forgotten"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("XYZ"), st.sampled_from([4, 5, TOMBSTONE]), st.none() | st.integers(0, 60)),
+        max_size=60,
+    ),
+    st.lists(st.integers(0, 60), max_size=6),
+)
+def test_an_event_that_tells_no_time_is_as_old_as_the_newest_before_it(events, cuts):
+    sent, told, watermark = 40, [], None
+    for block, token, time in events:
+        if token != TOMBSTONE:
+            newest = sent if watermark is None else watermark
+            told.append((block, token, newest if time is None else time))
+            watermark = max(told[-1][-1], newest if watermark is not None else told[-1][-1])
+        else:
+            told.append((block, token, time))
+    store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE)
+    looks = []
+    for begin, end in itertools.pairwise([0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]):
+        blocks, tokens, times = zip(*events[begin:end], strict=True) if begin < end else ((), (), ())
+        untimed = np.array([time is None for time in times], np.bool_)
+        batch = EventBatch.of(blocks, tokens, [sent if time is None else time for time in times], range(begin, end))
+        looks += seen(store, store.apply(replace(batch, untimed=untimed)))
+    assert looks == oracle(told, 1)[0]
 
 
 def test_blocks_share_the_text_of_an_unknown_event():
