@@ -42,6 +42,8 @@ def main() -> None:
         help="CSV with BlockId,Label: how many failing and healthy blocks alerted",
     )
     arguments = parser.parse_args()
+    if arguments.last < 0:
+        parser.error("--last should be 0 or more")
     settings = load_settings(arguments.config)
     try:
         _print(settings, arguments)
@@ -53,31 +55,37 @@ def _print(settings: Settings, arguments: Namespace) -> None:
     if arguments.follow and console.is_terminal and not arguments.json:
         watch(settings)
         return
+    if not (arguments.follow or arguments.json or arguments.labels):
+        _print_newest(settings, arguments.last)
+        return
     values = read_alerts(settings, follow=arguments.follow)
     if arguments.labels:
         console.print(found(read_labels(arguments.labels), map(decode, values)))
     elif arguments.json:
         for value in values:
             print(value.decode(), flush=arguments.follow)
-    elif arguments.follow:
+    else:
         for value in values:
             console.print(one_line(decode(value)), soft_wrap=True)
-    else:
-        alerts = [decode(value) for value in values]
-        table = Table(title=f"{len(alerts):,} alerts in {settings.topics.alerts}")
-        for heading, most in (
-            ("time", 10),
-            ("block", 24),
-            ("severity, score", 15),
-            ("what happened, what was expected", None),
-        ):
-            table.add_column(heading, max_width=most, overflow="fold")
-        for alert in alerts[-arguments.last :] if arguments.last > 0 else ():
-            when, severity, block, score, what, expected = columns(alert)
-            table.add_row(when, block, f"{severity}\n{score}", f"{what}\n[dim]expected {expected}[/]")
-        console.print(table)
-        if len(alerts) > arguments.last:
-            errors.print(f"the last {arguments.last:,} are shown; --last N shows more, --json all")
+
+
+def _print_newest(settings: Settings, most: int) -> None:
+    """Print a table of the alerts that were published last, in that order: partitions come one after the other."""
+    published = sorted(read_messages(settings), key=lambda message: message.timestamp()[1])
+    table = Table(title=f"{len(published):,} alerts in {settings.topics.alerts}")
+    for heading, width in (
+        ("time", 10),
+        ("block", 24),
+        ("severity, score", 15),
+        ("what happened, what was expected", None),
+    ):
+        table.add_column(heading, max_width=width, overflow="fold")
+    for message in published[max(0, len(published) - most) :]:
+        when, severity, block, score, what, expected = columns(decode(message.value()))
+        table.add_row(when, block, f"{severity}\n{score}", f"{what}\n[dim]expected {expected}[/]")
+    console.print(table)
+    if len(published) > most:
+        errors.print(f"the last {most:,} to be published are shown; --last N shows more, --json all")
 
 
 def found(failing: Mapping[str, bool], alerts: Iterable[Alert]) -> Table:
@@ -170,7 +178,17 @@ def watch(settings: Settings) -> None:
 
 
 def read_alerts(settings: Settings, *, follow: bool = False) -> Iterator[bytes]:
-    """Yield the committed alerts as published; with `follow` never end.
+    """Yield the committed alerts as published, those of a block in order; with `follow` never end.
+
+    Raises:
+        UserError: as `TopicReader`.
+    """
+    for message in read_messages(settings, follow=follow):
+        yield message.value()
+
+
+def read_messages(settings: Settings, *, follow: bool = False) -> Iterator[Message]:
+    """Yield the messages of `read_alerts`.
 
     Raises:
         UserError: as `TopicReader`.
@@ -179,7 +197,7 @@ def read_alerts(settings: Settings, *, follow: bool = False) -> Iterator[bytes]:
         while follow or not reader.at_end:
             message = reader.poll(0.2)
             if message is not None:
-                yield message.value()
+                yield message
 
 
 def decode(value: bytes) -> Alert:

@@ -8,7 +8,7 @@ threshold came into force were judged by others as well: their alerts are counte
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
@@ -39,6 +39,7 @@ class Comparison:
     alerts_different: int
     alerts_extra: int
     alerts_not_compared: int = 0
+    dead_letters: int = 0
 
     @property
     def is_exact(self) -> bool:
@@ -53,7 +54,9 @@ def main() -> int:
     arguments = parser.parse_args()
     settings = load_settings(arguments.config)
     result = verify(settings)
-    table = Table("", "alerts", title=f"{result.events:,} events read again")
+    table = Table(
+        "", "alerts", title=f"{result.events:,} messages read again, {result.dead_letters:,} of them no events"
+    )
     for name, count in asdict(result).items():
         if name.startswith("alerts_"):
             table.add_row(name.removeprefix("alerts_"), f"{count:,}")
@@ -74,6 +77,7 @@ def verify(settings: Settings) -> Comparison:
     committed = _committed(settings)
     since = _in_force_since(settings, detector.judge, committed)
     expected: dict[Key, bytes] = {}
+    events = dead_letters = 0
     with (
         TopicHistory(settings, settings.topics.events) as history,
         progress_bar("reading the events again", sum(committed.values())) as advance,
@@ -81,13 +85,21 @@ def verify(settings: Settings) -> Comparison:
         for partition, end in committed.items():
             detector.assign(partition, since=since[partition])
             for messages in history.read(partition, 0, end):
-                batch, _ = decoder.decode(Messages.of(messages))  # what is refused is in the dead-letter topic
+                batch, refused = decoder.decode(Messages.of(messages))  # what is refused is in the dead-letter topic
+                events += len(messages)
+                dead_letters += len(refused)
                 for alert in detector.process({partition: batch}):
                     if alert.source.first_offset >= since[partition]:
                         expected[alert.alert_id, alert.revision] = alert.encode()
                 advance(len(messages))
             detector.revoke(partition)
-    return _compare(expected, read_alerts(settings), since, committed)
+    if dead_letters == events:
+        raise UserError(
+            f"{settings.topics.events}: none of its {events:,} messages is an event: nothing to verify; "
+            f"see {settings.topics.dead_letters}, and events: in the settings"
+        )
+    found = _compare(expected, read_alerts(settings), since, committed)
+    return replace(found, events=events, dead_letters=dead_letters)
 
 
 def _compare(
@@ -108,7 +120,7 @@ def _compare(
         elif expected[key] != value:
             different += 1
     return Comparison(
-        events=sum(committed.values()),
+        events=0,
         alerts_expected=len(expected),
         alerts_missing=len(expected.keys() - seen.keys()),
         alerts_duplicated=seen.total() - len(seen),
@@ -143,6 +155,11 @@ def _committed(settings: Settings) -> dict[int, int]:
     consumer = Consumer(settings.kafka.for_consumer() | {"isolation.level": "read_committed", "log_level": 3})
     try:
         found = {place.partition: max(place.offset, 0) for place in consumer.committed(partitions, timeout=30)}
+        if not any(found.values()):
+            raise UserError(
+                f"the group {settings.kafka.group} has committed nothing of {topic}: nothing to verify; "
+                "is kafka.consumer.group.id that of the consumer, and did it run?"
+            )
         for place in partitions:
             low, _ = consumer.get_watermark_offsets(place, timeout=10)
             if low and found[place.partition]:

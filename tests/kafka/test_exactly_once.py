@@ -14,8 +14,10 @@ from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 from consumer.delivery import TransactionAborted, delivery_for
 from consumer.patience import NOT_COMMITTED, Patience
 from consumer.restore import Restorer
+from consumer.settings import KafkaSettings
 from consumer.topics import TopicSpec, ensure_topics
 from model.bundle import Bundle
+from model.errors import UserError
 from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
 from scripts.simulator import simulate
 from scripts.verify import verify
@@ -360,6 +362,10 @@ def test_offsets_set_back_by_hand_are_noticed_and_start_with_empty_windows(line)
     consumer.close()
     process = made.consume_all()
     assert "offsets were set back to 5: windows start empty" in process.log.read_text()
+
+    kafka = {"bootstrap.servers": made.bootstrap, "consumer": {"group.id": "nobody"}}
+    with pytest.raises(UserError, match=r"the group nobody has committed nothing of .*: nothing to verify"):
+        verify(made.settings.model_copy(update={"kafka": KafkaSettings.model_validate(kafka)}))
 
 
 def test_a_deleted_state_topic_is_noticed(line):

@@ -50,7 +50,7 @@ def published(line):
     return alerts
 
 
-def test_train_calibrate_stream_and_read_alerts_as_a_user_does(line, tmp_path):
+def test_train_calibrate_stream_and_read_alerts_as_a_user_does(line, tmp_path, monkeypatch):
     """The commands of the README on simulated logs; the alerts equal those of the core over the same events."""
     for name, blocks, faults, seed in (("train", 600, 0, 11), ("calibration", 600, 0, 12), ("live", 300, 0.05, 13)):
         write(simulate(blocks, faults, seed), HDFS, tmp_path / name)
@@ -80,6 +80,11 @@ def test_train_calibrate_stream_and_read_alerts_as_a_user_does(line, tmp_path):
     assert sorted(said.stdout.splitlines()) == sorted(alert.decode() for some in expected.values() for alert in some)
     table = made.run("scripts.alerts").stdout
     assert "expected" in table
+    alerts = made.read(made.settings.topics.alerts)
+    newest = max(message.timestamp()[1] for message in alerts)
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = made.run("scripts.alerts", "--last", 1).stdout
+    assert any(message.key().decode()[:20] in shown for message in alerts if message.timestamp()[1] == newest)
     said = made.run(
         "scripts.evaluate", "--normal", tmp_path / "calibration" / "sessions.jsonl",
         "--anomalous", tmp_path / "live" / "sessions.jsonl", "--json", tmp_path / "out.json",
