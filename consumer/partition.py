@@ -59,6 +59,11 @@ class Partition:
         return 0 if self._replay is None else max(0, self._replay.until - self.position)
 
     @property
+    def reached(self) -> int:
+        """Before this offset nothing is left to be read."""
+        return max(self.position, self._end)
+
+    @property
     def is_due(self) -> bool:
         """Whether there is something for the next commit."""
         return self.touched or self._checkpointer.is_unfinished
@@ -110,7 +115,7 @@ class Partition:
 
     def ends_at(self, end: int, asked: float) -> None:
         """Take in the brokers' word on where it ended at a moment of the monotonic clock, in seconds."""
-        if end <= max(self.position, self._end):
+        if end <= self.reached:
             self._silence.confirm(asked)
         else:
             self._silence.begin(asked)

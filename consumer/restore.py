@@ -132,9 +132,13 @@ class Restorer:
         if committed.offset >= 0:
             self._chosen.pop(partition, None)
         if committed.offset < 0 or committed.offset > high:
+            begin = self._fresh_offset(partition, low, high)
             if checkpoint is not None or committed.offset > high:
-                log.warning("%s: the group's offsets were reset or the topic was made anew: windows start empty", where)
-            return _empty(self._fresh_offset(partition, low, high), records, vocabulary, chosen=True)
+                log.warning(
+                    "%s: the group's offsets were reset or the topic was made anew: windows start empty, and what "
+                    "comes from offset %d on is judged, once more if it was before", where, begin,
+                )  # fmt: skip
+            return _empty(begin, records, vocabulary, chosen=True)
         if committed.offset < low:
             log.warning(
                 "%s: events %d to %d were deleted before they were read and cannot be judged; keep events for longer "

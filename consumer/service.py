@@ -6,6 +6,7 @@ whatever goes wrong before that, `Assignment` knows.
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +41,7 @@ log = logging.getLogger("consumer")
 
 _REPORT_SECONDS = 60.0
 _STATUS_SECONDS = 1.0
+_SECONDS = 10**11  # since 1970: the year 5138; milliseconds: 1973, of which no log is
 
 
 class Service:
@@ -60,6 +62,7 @@ class Service:
         self.messages = 0
         self.alerts = Counter[str]()
         self.dead_letters = Counter[str]()
+        self._warned: dict[str, float] = {}
 
     def run(self) -> None:
         """Work until a stop is asked for, then commit what is done and leave the group.
@@ -200,7 +203,7 @@ class Service:
         return PartitionStatus(
             open_blocks=store.open_blocks,
             watermark=store.watermark,
-            lag=None if end < 0 else max(0, end - partition.position),
+            lag=None if end < 0 else max(0, end - partition.reached),
             catch_up=partition.catch_up,
             drift=drift.evidence(),
             alarm=drift.alarm,
@@ -261,6 +264,11 @@ class Service:
         if known < done:
             self._detector.replay(number, self._decoder.decode(columns.from_place(known, done))[0])
         batch, refused = self._decoder.decode(columns.from_place(done))
+        if len(batch) and 0 < (newest := int(batch.times.max())) < _SECONDS < int(columns.sent[-1]):
+            self._warn(
+                "seconds", number, f"a timestamp of {newest} is taken as milliseconds since 1970; send seconds as "
+                "milliseconds or as ISO 8601",
+            )  # fmt: skip
         end, flood = len(messages), None
         row = self._detector.store(number).flood(batch, PER_COMMIT)
         if row is not None:
@@ -323,7 +331,18 @@ class Service:
 
     def _bury(self, message: Message, reason: str) -> None:
         self.dead_letters[kind(reason)] += 1
+        self._warn(
+            kind(reason), message.partition(), f"offset {message.offset()} is no event, but a dead letter: {reason}"
+        )
         self._delivery.send(self._settings.topics.dead_letters, *dead_letter(message, reason))
+
+    def _warn(self, what: str, number: int, trouble: str) -> None:
+        """Warn of a partition; of what comes with each message, once in a minute."""
+        now = time.monotonic()
+        if now - self._warned.get(what, -math.inf) >= _REPORT_SECONDS:
+            self._warned[what] = now
+            plain = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in trouble)
+            log.warning("%s/%d: %s", self._topic, number, plain)
 
     def _reload(self) -> None:
         """Take a new model or threshold if there is one, once what is done is committed by the old pair.

@@ -463,6 +463,42 @@ def test_where_a_topic_ends_is_told_by_the_client_and_is_no_message(play, member
     assert service.messages == 1
 
 
+def test_what_is_no_event_is_warned_of_with_its_reason_once_in_a_minute(play, member, clock, caplog):
+    def begin():
+        member.rebalance("assign", 0)
+        return [Garbage(0, 0, "g"), Garbage(0, 1, "g")]
+
+    def more():
+        clock.sleep(30)
+        return [Garbage(0, 2, "g")]
+
+    def later():
+        clock.sleep(31)
+        return [Garbage(0, 3, "g")]
+
+    play(begin, more, later)
+    said = [message for message in caplog.messages if message.startswith("log-events/0: ")]
+    assert [message.split(": ")[1] for message in said] == [
+        f"offset {offset} is no event, but a dead letter" for offset in (0, 3)
+    ]
+    assert "JSON is malformed" in said[0]
+
+
+def test_seconds_where_milliseconds_are_due_are_warned_of(play, member, caplog):
+    """They are in January 1970: blocks that are over only after years of silence stay open."""
+
+    class Today(Message):
+        def timestamp(self):
+            return 1, 1_800_000_000_000
+
+    def begin():
+        member.rebalance("assign", 0)
+        return [Today(0, 0, "x", "a", time=1_800_000_000)]
+
+    play(begin)
+    assert "log-events/0: a timestamp of 1800000000 is taken as milliseconds since 1970" in caplog.text
+
+
 def test_what_is_counted_goes_on_after_a_reload(play, member, monkeypatch, bundle, make_threshold):
     """A rate over a counter that falls would be one of events that never were."""
 
