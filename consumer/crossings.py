@@ -32,19 +32,22 @@ class Crossings:
         self.count = 0
         """Blocks that opened in a partition while they were open in another."""
 
-    def look(self, partition: int, opened: Names, stores: Mapping[int, OpenBlocks]) -> None:
-        """Look for blocks that just opened in a partition among those that are open in the others."""
+    def look(self, opened: Mapping[int, Names], stores: Mapping[int, OpenBlocks]) -> None:
+        """Look for blocks that just opened, by partition, among those that are open in the others."""
+        if len(stores) < 2 or not any(map(len, opened.values())):
+            return
+        names = Names.joined(list(opened.values()))  # each store is asked once: asking costs more than most names do
+        partitions = np.repeat(list(opened), [len(some) for some in opened.values()])
         for number, store in stores.items():
-            if number != partition and len(opened):
-                crossed = store.are_open(opened)
-                self.count += int(np.count_nonzero(crossed))
-                if not self._said and crossed.any():
-                    self._said = True
-                    self._say(opened[int(np.argmax(crossed))], partition, number)
+            crossed = np.flatnonzero(store.are_open(names) & (partitions != number))
+            self.count += len(crossed)
+            if len(crossed) and not self._said:
+                self._said = True
+                self._say(names[int(crossed[0])], int(partitions[crossed[0]]), number)
 
     def _say(self, block: bytes, partition: int, other: int) -> None:
         log.error(
-            "%s: block %s has events in the partitions %d and %d, so it is judged as two half blocks, wrongly: "
+            "%s: block %r has events in the partitions %d and %d, so it is judged as two half blocks, wrongly: "
             "key messages by block, or let python -m consumer --rekey do it; see docs/lines.md#re-keying",
             self._topic, block.decode("utf-8", "replace"), other, partition,
         )  # fmt: skip

@@ -3,12 +3,14 @@
 The index is a hash table in plain arrays with linear probing; deletion shifts back (Knuth, The Art of Computer
 Programming, vol. 3, 6.4, algorithm R), so that names which come and go leave no trace. The table holds a slot and 32
 bits of its name's hash; the names lie in one buffer, made anew when those of forgotten slots have filled it. Hashes are
-seeded at random: nobody can choose block ids that collide.
+seeded at random: nobody can choose block ids that collide. They are the same in all indices of a process, so that
+names which are looked for in many of them are hashed once.
 """
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, NamedTuple
@@ -23,6 +25,9 @@ NONE = -1
 
 _SLOTS, _NAME_BYTES = 1024, 32
 """To begin with."""
+
+_SEED = secrets.randbits(63)
+"""Of the hashes."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,23 @@ class Names:
         strings = list(strings)
         size = np.fromiter(map(len, strings), np.int32, len(strings))
         return cls(np.frombuffer(b"".join(strings), np.uint8), np.cumsum(size, dtype=np.int64) - size, size)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Names]") -> "Names":
+        """Lay all strings of some parts, one at least, into one buffer."""
+        room = np.array([len(part.data) for part in parts], np.int64)
+        shifts = np.repeat(np.cumsum(room) - room, [len(part) for part in parts])
+        data, begin, size = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("data", "begin", "size")
+        )
+        return cls(data, begin + shifts, size)
+
+    @cached_property
+    def hashes(self) -> NDArray[np.int32]:
+        """(N,) by which an index knows the strings; worked out once, so the strings must not change after that."""
+        hashes = np.empty(len(self), np.int32)
+        _hash(*self.columns(), _SEED, hashes)
+        return hashes
 
     def __len__(self) -> int:
         return len(self.begin)
@@ -71,25 +93,23 @@ class _Table(NamedTuple):
     entries: NDArray[np.int32]  # (C, 2) a slot, or NONE; its name's hash, whose low bits say where it belongs
     places: NDArray[np.int64]  # (S, 2) where a slot's name begins in `data`; its size, 0: the slot is free
     free: NDArray[np.int32]  # (S,) a stack of the slots that were used before
-    counts: NDArray[np.int64]  # (5,) by the names below
+    counts: NDArray[np.int64]  # (4,) by the names below
     data: NDArray[np.uint8]  # (B,)
 
 
-_TAKEN, _STACKED, _USED, _FILLED, _SEED = range(5)
-"""Counts: slots that have a name, slots on the stack, slots ever used, bytes written; and the seed of the hashes."""
+_TAKEN, _STACKED, _USED, _FILLED = range(4)
+"""Counts: slots that have a name, slots on the stack, slots ever used, bytes written."""
 
 
 class NameIndex:
     """Gives each name a slot, a small number, as long as it is not forgotten; free slots are given again."""
 
     def __init__(self) -> None:
-        counts = np.zeros(5, np.int64)
-        counts[_SEED] = secrets.randbits(63)
         self._table = _Table(
             np.full((2 * _SLOTS, 2), NONE, np.int32),
             np.zeros((_SLOTS, 2), np.int64),
             np.zeros(_SLOTS, np.int32),
-            counts,
+            np.zeros(4, np.int64),
             np.zeros(_SLOTS * _NAME_BYTES, np.uint8),
         )
 
@@ -103,14 +123,12 @@ class NameIndex:
 
     def find(self, names: Names) -> NDArray[np.int32]:
         """Return the slot of each name (N,), `NONE` where it has none."""
-        return self.locate(names, np.zeros(len(names), np.bool_))
+        return self._located(names, np.zeros(len(names), np.bool_))
 
     def locate(self, names: Names, add: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Return the slot of each name (N,); one that has none is given one where `add` (N,) says so."""
         self._make_room(int(np.count_nonzero(add)), int(names.size[add].sum()))
-        slots = np.empty(len(names), np.int32)
-        _locate(self._table, *names.columns(), add, slots)
-        return slots
+        return self._located(names, add)
 
     def name(self, slot: int) -> bytes:
         """Return the name of a slot that has one."""
@@ -127,7 +145,12 @@ class NameIndex:
 
     def forget(self, slots: NDArray[np.int32]) -> None:
         """Take the names of these slots (N,) away."""
-        _forget(self._table, slots)
+        _forget(self._table, slots, self.names(slots).hashes)
+
+    def _located(self, names: Names, add: NDArray[np.bool_]) -> NDArray[np.int32]:
+        slots = np.empty(len(names), np.int32)
+        _locate(self._table, *names.columns(), names.hashes, add, slots)
+        return slots
 
     def _make_room(self, names: int, size: int) -> None:
         """Grow before the compiled loop begins, so that it never has to."""
@@ -162,11 +185,10 @@ def grown(array: NDArray[Any], length: int) -> NDArray[Any]:
 
 
 @njit(cache=True)
-def _locate(table, data, begins, sizes, add, out):
+def _locate(table, data, begins, sizes, tags, add, out):
     mask = len(table.entries) - 1
     for i in range(len(begins)):
-        begin, size = begins[i], sizes[i]
-        tag = _hash(data, begin, size, table.counts[_SEED])
+        begin, size, tag = begins[i], sizes[i], tags[i]
         at = np.int64(tag) & mask
         while table.entries[at, 0] != NONE:
             if table.entries[at, 1] == tag and _is_name(table, table.entries[at, 0], data, begin, size):
@@ -207,11 +229,11 @@ def _is_name(table, slot, data, begin, size):
 
 
 @njit(cache=True)
-def _forget(table, slots):
+def _forget(table, slots, tags):
     mask = len(table.entries) - 1
     counts, entries = table.counts, table.entries
-    for slot in slots:
-        hole = np.int64(_hash(table.data, table.places[slot, 0], table.places[slot, 1], counts[_SEED])) & mask
+    for i in range(len(slots)):
+        slot, hole = slots[i], np.int64(tags[i]) & mask
         while entries[hole, 0] != slot:
             hole = (hole + 1) & mask
         at = (hole + 1) & mask
@@ -252,8 +274,9 @@ def _move_names(table, old):
 
 
 @njit(cache=True)
-def _hash(data, begin, size, seed):
-    return np.int32(digest_of(data, begin, size, seed) & np.uint64(0xFFFFFFFF))
+def _hash(data, begins, sizes, seed, out):
+    for i in range(len(begins)):
+        out[i] = np.int32(digest_of(data, begins[i], sizes[i], seed) & np.uint64(0xFFFFFFFF))
 
 
 @njit(cache=True)

@@ -298,8 +298,7 @@ class Service:
 
     def _look_for_crossings(self, numbers: Iterable[int]) -> None:
         stores = {number: self._detector.store(number) for number in self._assignment.partitions}
-        for number in numbers:
-            self._crossings.look(number, stores[number].opened, stores)
+        self._crossings.look({number: stores[number].opened for number in numbers}, stores)
 
     def _close_silent(self) -> None:
         """Close the sessions of partitions that have been silent for the idle timeout, on the wall clock."""

@@ -152,7 +152,11 @@ class WindowStore:
     def are_open(self, names: Names) -> NDArray[np.bool_]:
         """Say of each block (N,) whether it is open."""
         slots = self._index.find(names)
-        return (slots != NONE) & (self._sessions.rows["count"][slots] > 0)
+        is_open = slots != NONE
+        is_open[is_open] = (
+            self._sessions.rows["count"][slots[is_open]] > 0
+        )  # few are, in a partition that is not theirs
+        return is_open
 
     def unknown(self, slot: int) -> dict[int, str]:
         """Return the event ids, by offset, of the UNK tokens in a slot's window."""

@@ -38,3 +38,15 @@ def test_names_that_come_and_go_leave_no_trace():
     assert len(index) == 0
     assert index.capacity == 1024
     assert len(index._table.data) <= 1 << 16
+
+
+def test_names_of_many_buffers_are_found_together_in_any_index():
+    parts = [Names.of([b"one", b"two", b"three"]).take(slice(1, 3)), Names.of([]), Names.of([b"", b"four"])]
+    together = Names.joined(parts)
+    assert list(together) == [b"two", b"three", b"", b"four"]
+    for known in ([b"three", b"four"], [b"four", b"two", b"three"]):
+        index = NameIndex()
+        index.locate(Names.of(known), np.ones(len(known), np.bool_))
+        assert [known[slot] for slot in index.find(together).tolist() if slot != NONE] == [
+            name for name in together if name in known
+        ]

@@ -145,22 +145,40 @@ def test_settings_that_do_not_fit_the_model_are_refused(bundle):
 class Store:
     def __init__(self, *blocks):
         self.blocks = blocks
+        self.asked = 0
 
     def are_open(self, names):
+        self.asked += 1
         return np.array([name in self.blocks for name in names], np.bool_)
 
 
 def test_a_block_in_two_partitions_is_said_once_and_counted(caplog):
     crossings = Crossings("log-events")
     stores = {0: Store(b"a", b"b"), 1: Store(b"c")}
-    crossings.look(0, Names.of([b"a", b"b"]), {0: stores[0]})
-    crossings.look(0, Names.of([b"a", b"b"]), stores)
-    crossings.look(0, Names.of([]), stores)
+    crossings.look({0: Names.of([b"a", b"b"])}, {0: stores[0]})
+    crossings.look({0: Names.of([b"a", b"b"])}, stores)
+    crossings.look({0: Names.of([]), 1: Names.of([])}, stores)
     assert (crossings.count, caplog.records) == (0, [])
     with caplog.at_level(logging.ERROR):
-        crossings.look(1, Names.of([b"x", b"b", b"c", b"a"]), stores)
-        crossings.look(1, Names.of([b"a"]), stores)
+        crossings.look({0: Names.of([b"a"]), 1: Names.of([b"x", b"b", b"c", b"a"])}, stores)
+        crossings.look({1: Names.of([b"a"])}, stores)
     assert crossings.count == 3
     assert len(caplog.records) == 1
-    assert "log-events: block b has events in the partitions 0 and 1" in caplog.text
+    assert "log-events: block 'b' has events in the partitions 0 and 1" in caplog.text
     assert "docs/lines.md#re-keying" in caplog.text
+
+
+def test_to_look_for_blocks_in_two_partitions_takes_one_question_to_each():
+    """Not one for each pair: 500 partitions would take a hundred times as long to compare as to judge."""
+    crossings, stores = Crossings("log-events"), {number: Store(b"%d" % number) for number in range(20)}
+    crossings.look({number: Names.of([b"%d" % number, b"7"]) for number in stores}, stores)
+    assert crossings.count == 19
+    assert {store.asked for store in stores.values()} == {1}
+
+
+def test_a_block_id_that_would_write_to_a_terminal_is_said_in_one_plain_line(caplog):
+    hostile = "x\n2026-01-01 ERROR  all is lost\x1b[2J\x9b\u202e".encode() + b"\xff"
+    Crossings("log-events").look({0: Names.of([hostile])}, {0: Store(), 1: Store(hostile)})
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.isprintable()
+    assert "block 'x\\n2026-01-01" in line
