@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consumer.events import TOMBSTONE, EventBatch
+from consumer.looks import Looks
 from consumer.scores import LookScores
-from consumer.windows import Looks, WindowStore
+from consumer.windows import WindowStore
 from model.scoring import Scorer
 from model.sessions import Session
 from model.vocabulary import BOS, PAD, UNK, Vocabulary

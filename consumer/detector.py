@@ -24,11 +24,12 @@ from consumer.alerts import (
 )
 from consumer.drift import EDGES, Drift, DriftTest, draws, judge_id, levels
 from consumer.events import EventBatch
+from consumer.looks import LookRoom, Looks
 from consumer.records import DriftState, StoredSessions
 from consumer.scores import LookScores
 from consumer.settings import DriftSettings
 from consumer.threshold import Threshold
-from consumer.windows import Looks, WindowStore
+from consumer.windows import WindowStore
 from model.scoring import Explanation, Scorer
 from model.vocabulary import END, UNK, Vocabulary
 
@@ -84,6 +85,7 @@ class Detector:
         self._threshold = threshold
         self._topic = topic
         self._scores = LookScores(scorer, threshold.threshold, cache_windows)
+        self._room = LookRoom(threshold.window)
         self._partitions: dict[int, _Partition] = {}
         self.events = 0
         """Events judged so far."""
@@ -142,6 +144,7 @@ class Detector:
             every=threshold.every,
             idle_timeout=threshold.idle_timeout_ms,
             limit=self._max_open_blocks,
+            room=self._room,
         )
         special = {} if sessions is None else store.restore(sessions, watermark, start)
         alerted = {

@@ -87,7 +87,7 @@ pages, and how many were ever used."""
 
 
 class Columns(NamedTuple):
-    """N due looks, as they are written: see `consumer.windows.Looks`."""
+    """N due looks, as they are written: see `consumer.looks.Looks`."""
 
     facts: NDArray[np.void]
     rows: NDArray[np.uint16]

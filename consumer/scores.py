@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consumer.drift import levels
-from consumer.windows import Looks
+from consumer.looks import Looks
 from model.jit import njit
 from model.scoring import SCREEN_MARGIN, SCREEN_NOISE, Explanation, Rows, Scorer
 

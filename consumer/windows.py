@@ -11,8 +11,7 @@ expiry is decided event by event, and why a block's event first expires the bloc
 import secrets
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,6 @@ from consumer.events import NO_WATERMARK, TOMBSTONE, EventBatch
 from consumer.kernel import (
     FREE_PAGE,
     LISTED,
-    LOOK,
     NEWEST,
     OLDEST,
     PAGE,
@@ -38,6 +36,7 @@ from consumer.kernel import (
     read,
     rise,
 )
+from consumer.looks import LookRoom, Looks
 from consumer.names import NONE, NameIndex, Names, grown
 from consumer.packing import read_windows, write_windows
 from consumer.records import EVENT_BYTES, HEAD, VERSION, SessionState, StoredSessions
@@ -47,10 +46,6 @@ STORED = ("count", "seen", "first_offset", "first_time", "last_offset", "last_ti
 
 _SEED = np.uint64(secrets.randbits(64))
 """Nobody who does not know it can make two windows of one hash, and so hide one behind the other's score."""
-
-MAX_LOOKS = 16_384
-"""Looks handed out at a time, which bounds memory however many sessions close at once."""
-
 
 _SHARED = 10_000
 """Unknown event ids whose text blocks share; at most 10 MB."""
@@ -71,26 +66,6 @@ class Departed(NamedTuple):
     marker: int | None
 
 
-@dataclass(frozen=True)
-class Looks:
-    """Due looks in the order in which they fell due. Views, valid until the next ones are asked for.
-
-    Attributes:
-        facts: (N,) of the fields slot, length, count, closing, hash, first/last offset and time of the session.
-        rows: (N, window + 2) the network's input: BOS, events, END when closing, PAD.
-        offsets: (N, window) where each event came from, the oldest first.
-        times: (N, window) milliseconds since 1970.
-    """
-
-    facts: NDArray[Any]
-    rows: NDArray[np.uint16]
-    offsets: NDArray[np.int64]
-    times: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.facts)
-
-
 class WindowStore:
     """The open sessions of one partition.
 
@@ -99,9 +74,12 @@ class WindowStore:
         every: a look falls due after every so many events of a session, and when it closes.
         idle_timeout: milliseconds of event time after which a silent session closes.
         limit: open sessions at most; a further one closes the longest silent of them.
+        room: for looks, shared with other stores of the same window; of its own if None.
     """
 
-    def __init__(self, *, window: int, every: int, idle_timeout: int, limit: int = 2**31 - 1) -> None:
+    def __init__(
+        self, *, window: int, every: int, idle_timeout: int, limit: int = 2**31 - 1, room: LookRoom | None = None
+    ) -> None:
         self._limit = limit
         self._window = window
         self._every = every
@@ -117,7 +95,7 @@ class WindowStore:
         self._marked = np.zeros(0, np.int32)
         self._departed: list[Departed] = []
         self._urgent: set[int] = set()
-        self._looks: Looks | None = None
+        self._room = room or LookRoom(window)
         self.opened = Names.of([])
         """Open blocks whose session began with an event of the last batch."""
 
@@ -368,21 +346,21 @@ class WindowStore:
         *,
         by_clock: bool = False,
     ) -> Iterator[Looks]:
-        looks = self._buffer()
-        columns = Columns(looks.facts, looks.rows, looks.offsets, looks.times, _SEED)
         closed: dict[int, int] = {}
         done = 0
-        while done < len(slots):
-            done, filled = advance(
-                self._sessions, self._window, self._every, self._idle, self._limit,
-                slots, tokens, times, offsets, done, columns,
-            )  # fmt: skip
-            if filled:
-                facts = looks.facts[:filled]
-                ended = facts[facts["closing"]]
-                markers = np.where(ended["evicted"] | by_clock, ended["last_offset"], NONE)
-                closed.update(zip(ended["slot"].tolist(), markers.tolist(), strict=True))
-                yield Looks(facts, looks.rows[:filled], looks.offsets[:filled], looks.times[:filled])
+        with self._room.lend(len(slots)) as looks:
+            columns = Columns(looks.facts, looks.rows, looks.offsets, looks.times, _SEED)
+            while done < len(slots):
+                done, filled = advance(
+                    self._sessions, self._window, self._every, self._idle, self._limit,
+                    slots, tokens, times, offsets, done, columns,
+                )  # fmt: skip
+                if filled:
+                    due = looks.part(0, filled)
+                    ended = due.facts[due.facts["closing"]]
+                    markers = np.where(ended["evicted"] | by_clock, ended["last_offset"], NONE)
+                    closed.update(zip(ended["slot"].tolist(), markers.tolist(), strict=True))
+                    yield due
         if closed:
             self._release(closed)
 
@@ -439,16 +417,6 @@ class WindowStore:
             self._shared.clear()
         shared = self._shared.setdefault
         self._unknown[slot] = array("q", list(names)), tuple(shared(name, name) for name in names.values())
-
-    def _buffer(self) -> Looks:
-        if self._looks is None:
-            self._looks = Looks(
-                np.zeros(MAX_LOOKS, LOOK),
-                np.zeros((MAX_LOOKS, self._window + 2), np.uint16),
-                np.zeros((MAX_LOOKS, self._window), np.int64),
-                np.zeros((MAX_LOOKS, self._window), np.int64),
-            )
-        return self._looks
 
 
 def _by_activity(last_offsets: NDArray[np.int64], names: Names) -> NDArray[np.int64]:

@@ -373,3 +373,13 @@ def test_partitions_are_independent_and_go_with_their_sessions(scorer, make_thre
     assert len({alert.alert_id for alert in alerts}) == 2
     detector.revoke(0)
     assert detector.open_blocks == 1
+
+
+def test_partitions_one_after_the_other_hand_out_looks_in_the_same_memory(scorer, make_threshold):
+    """Each its own would be 16 MB a partition, and ten times that with the longest windows."""
+    detector = Detector(scorer, make_threshold(0.0), topic="logs", cache_windows=1000)
+    found = []
+    for partition in (0, 1):
+        detector.assign(partition)
+        found += detector.store(partition).apply(batch_of(scorer.bundle, [("X", "a", 0)]))
+    assert np.shares_memory(found[0].rows, found[1].rows)

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consumer.events import TOMBSTONE, EventBatch
+from consumer.looks import MAX_LOOKS, LookRoom
 from consumer.names import Names
 from consumer.records import StoredSessions, vocabulary_id
-from consumer.windows import MAX_LOOKS, WindowStore
+from consumer.windows import WindowStore
 from model.vocabulary import BOS, END, PAD, UNK, Vocabulary
 
 WINDOW, IDLE = 5, 10
@@ -215,6 +216,45 @@ def test_a_jump_of_the_watermark_closes_more_sessions_than_fit_into_one_portion(
     assert sum(closing for _, closing in portions) == count
     assert max(size for size, _ in portions) <= MAX_LOOKS
     assert store.open_blocks == 1
+
+
+def test_stores_side_by_side_have_looks_of_their_own_and_one_after_the_other_the_same_memory():
+    room, count = LookRoom(WINDOW), 3000
+
+    def stream(block):
+        store = WindowStore(window=WINDOW, every=1, idle_timeout=IDLE, room=room)
+        return store.apply(EventBatch.of([block] * count, [4] * count, [0] * count, range(count)))
+
+    def side_by_side():
+        streams = [stream(block) for block in "xyz"]
+        found = [next(one) for one in streams]
+        for looks in found:
+            assert looks.facts["count"].tolist() == list(range(1, count + 1))
+        for one, other in itertools.combinations(found, 2):
+            assert not np.shares_memory(one.rows, other.rows)
+        assert [list(one) for one in streams] == [[]] * 3
+        return found
+
+    side_by_side()  # makes the room
+    before = side_by_side()
+    for block in "xyz":
+        (looks,) = stream(block)
+        for name in ("facts", "rows", "offsets", "times"):
+            assert np.shares_memory(getattr(looks, name), getattr(before[0], name))
+            assert not np.shares_memory(getattr(looks, name), getattr(before[1], name))
+    for looks, same in zip(side_by_side(), before, strict=True):
+        assert np.shares_memory(looks.rows, same.rows)
+
+
+def test_a_stream_that_is_given_up_gives_its_memory_back():
+    """As when the device fails in the middle of a batch."""
+    room = LookRoom(WINDOW)
+    one, other = (WindowStore(window=WINDOW, every=1, idle_timeout=IDLE, room=room) for _ in range(2))
+    stream = one.apply(EventBatch.of("x", [4], [0], [0]))
+    first = next(stream)
+    stream.close()
+    (second,) = other.apply(EventBatch.of("y", [4], [0], [0]))
+    assert np.shares_memory(first.rows, second.rows)
 
 
 def test_a_full_store_closes_the_longest_silent_block_first():
