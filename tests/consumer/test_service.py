@@ -317,6 +317,23 @@ def test_a_lost_partition_takes_the_transaction_of_the_others_with_it(play, deli
     assert delivery.alerted == [b"x"]
 
 
+def test_what_a_lost_transaction_held_is_not_committed_by_giving_back_the_rest(play, delivery, member):
+    """Both callbacks may come in one call: the alerts are gone, so whoever has the partition next is to judge again."""
+
+    def events():
+        member.rebalance("assign", 0, 1)
+        return [Message(0, 0, "x"), Message(1, 0, "y")]
+
+    def lose_and_give_back():
+        member.rebalance("lose", 1)
+        member.rebalance("revoke", 0)
+
+    play(events, lose_and_give_back)
+    assert not member.owned
+    assert delivery.committed == {}
+    assert delivery.visible == []
+
+
 def test_where_a_group_without_offsets_begins_is_committed_before_anything_comes(play, delivery, member, clock):
     """With auto.offset.reset: latest, whoever comes after a crash would begin behind all that came meanwhile."""
 
