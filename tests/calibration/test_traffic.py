@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from contextlib import nullcontext
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -10,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.block_scores import CACHE, block_scores
-from calibration.traffic import PartitionTraffic, Traffic
+from calibration.traffic import PartitionTraffic, Traffic, read_traffic
 from consumer.events import Decoder, Messages
 from consumer.scores import LookScores
-from consumer.settings import EventSettings
+from consumer.settings import EventSettings, Settings, WindowSettings
 from model.bundle import Bundle
 from model.network import Autoencoder, Shape
 from model.scoring import Scorer
@@ -146,6 +148,32 @@ def test_the_time_covered_is_the_range_where_there_is_traffic_around_it(scorer):
     outside = read(scorer, stream, begin=100, end=20_000)
     assert (outside.first, outside.last) == (500, 9000), "before and after, the topic says nothing"
     assert read(scorer, stream, begin=50_000).first is None
+
+
+def test_a_session_is_known_to_be_open_though_its_event_was_stamped_ahead_of_its_message(scorer, monkeypatch):
+    """Where to begin to read is found by the times of messages, which may be earlier by windows.max_ahead."""
+    begin, ahead = 100_000, 10_000
+    sent = [("X", "a", begin - IDLE, begin - IDLE - ahead), ("X", "b", begin, begin), ("X", None, 0, begin)]
+    records = records_of([item[:3] for item in sent])
+    for record, (*_, moment) in zip(records, sent, strict=True):
+        record.timestamp = lambda moment=moment: (1, moment)
+
+    class History:
+        partitions = range(1)
+        bounds = staticmethod(lambda _: (0, len(records)))
+
+        def offset_at(self, _, time):
+            return next((record.offset() for record in records if record.timestamp()[1] >= time), None)
+
+        def read(self, _, start, end):
+            yield records[start:end]
+
+    monkeypatch.setattr("calibration.traffic.TopicHistory", lambda *_: nullcontext(History()))
+    windows = WindowSettings(idle_timeout=timedelta(milliseconds=IDLE), max_ahead=timedelta(milliseconds=ahead))
+    found = read_traffic(
+        Settings(windows=windows), "logs", scorer, begin=begin, progress=lambda _: nullcontext(lambda _: None)
+    )
+    assert (found.already_open, found.scores) == (1, [])
 
 
 def test_the_highest_block_can_be_explained(scorer):

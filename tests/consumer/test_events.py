@@ -57,6 +57,9 @@ def encoded(**changes):
         ("2008-11-09 20:35:30.5", 1226262930500),
         ("2008-11-09T21:35:30.250+01:00", 1226262930250),
         ("1969-12-31T23:59:59Z", -1000),
+        ("2000-02-29T00:00:00Z", 951_782_400_000),
+        ("2024-02-29T00:00:00Z", 1_709_164_800_000),
+        ("2100-03-01T00:00:00Z", 4_107_542_400_000),
         ("9999-12-31T23:29:59.999999-00:30", LATER),
     ],
 )
@@ -112,6 +115,8 @@ def test_field_names_are_configurable():
         (None, encoded(timestamp="0001-01-01T00:00:00+01:00"), "before the year 1"),
         (None, encoded(timestamp="9999-12-31T23:59:59-00:30"), "the timestamp .* after the year 9999"),
         (None, encoded(timestamp="NaN"), "timestamp"),
+        (None, encoded(timestamp="2023-02-29T00:00:00Z"), "timestamp"),
+        (None, encoded(timestamp="2100-02-29T00:00:00Z"), "timestamp"),
         (None, encoded(block_id=""), "block id is empty"),
         (None, encoded(event_id=""), "event id is empty"),
         (None, encoded(block_id="x" * (MAX_ID_BYTES + 1)), "longer than"),

@@ -220,6 +220,20 @@ def test_a_line_waits_for_what_was_at_kafka_when_it_was_read_and_has_not_been_re
     assert list(lines.release()) == ["later"]
 
 
+def test_a_line_waits_no_less_once_what_was_older_has_been_sent():
+    lines = Merge[str]()
+    for partition in (0, 1):
+        lines.assign(partition, 0)
+    lines.turn({}, settled=0)
+    lines.add(0, 0, 10, 0, 1, "first")
+    lines.add(1, 0, 20, 0, 1, "second")
+    lines.rest(0)
+    lines.rest(1)
+    assert list(lines.release()) == ["first"], "what is between them may have come to the first one's partition since"
+    lines.turn({}, settled=1)
+    assert list(lines.release()) == ["second"]
+
+
 def test_the_only_partition_waits_for_nothing():
     lines = Merge[str]()
     lines.assign(0, 0)

@@ -131,6 +131,21 @@ def test_explanations_are_those_of_the_oracle_whatever_else_is_judged(request, s
         assert (why.score, why.surprisals, why.offender, why.expected, counts) == plainly(bundle, row, strategy)
 
 
+def test_of_two_events_that_noise_alone_tells_apart_the_first_one_offends(even):
+    """In another batch the noise is another."""
+
+    class Noisy(Autoencoder):
+        def surprisals_of(self, tokens, logp):
+            return super().surprisals_of(tokens, logp) + 1e-13 * torch.arange(tokens.shape[1])
+
+    network = copy.deepcopy(even.network)
+    network.__class__ = Noisy
+    row = rows_of([([4, 5, 6, 7, 8, 4], False)])[0]
+    why = Scorer(Bundle(network, even.vocabulary)).explain(row)
+    assert len(set(why.surprisals)) == 1
+    assert why.offender == 0
+
+
 def test_an_explanation_names_the_counts_when_they_make_the_end_what_it_is(bundle):
     network = copy.deepcopy(bundle.network)
     network.tally.allowance.fill_(0)  # now every count is news
