@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from model.bundle import Bundle
 from model.compiled import CompiledNetwork
 from model.network import Autoencoder, Shape
-from model.scoring import SCREEN_MARGIN, Scorer
+from model.scoring import SCREEN_MARGIN, SCREEN_NOISE, Scorer
 from model.vocabulary import BOS, END, PAD, Vocabulary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,12 +109,13 @@ def test_far_apart_logits_stay_finite(make):
 
 
 @needs_triton
-def test_a_kernel_that_computes_something_else_is_refused(monkeypatch):
+@pytest.mark.parametrize("off", [0.1, 2 * SCREEN_NOISE])
+def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, off):
     from model import fused  # noqa: PLC0415 - not everywhere
 
     def wrongly(network, device, laid_out=fused._laid_out):
         other = copy.deepcopy(network)
-        other.bias.data[4] += 0.1
+        other.bias.data[4] += off
         return laid_out(other, device)
 
     monkeypatch.setattr(fused, "_laid_out", wrongly)
