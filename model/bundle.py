@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -82,19 +82,23 @@ class Bundle:
             "training": dict(self.training),
             "lines": msgspec.to_builtins(self.lines),
         }
-        fresh, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
         try:
-            for leftover in (fresh, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            save_file(
-                {name: weight.contiguous() for name, weight in self.network.state_dict().items()}, fresh / _WEIGHTS
-            )
-            (fresh / _FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            if folder.exists():
-                folder.rename(old)
-            fresh.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as beside:
+                fresh, old = Path(beside, "new"), Path(beside, "old")
+                fresh.mkdir()  # not the temporary folder itself, which only its owner may read
+                save_file(
+                    {name: weight.contiguous() for name, weight in self.network.state_dict().items()}, fresh / _WEIGHTS
+                )
+                (fresh / _FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                if folder.exists():
+                    folder.rename(old)
+                try:
+                    fresh.rename(folder)
+                except BaseException:
+                    if old.exists():
+                        old.rename(folder)
+                    raise
         except OSError as error:
             raise UserError(f"{folder}: cannot write the model bundle ({error.strerror or error})") from None
 

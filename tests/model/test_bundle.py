@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,39 @@ def test_saving_again_replaces_it_and_leaves_nothing_beside(bundle, tmp_path):
     other.save(tmp_path / "model")
     assert Bundle.load(tmp_path / "model").fingerprint == other.fingerprint != bundle.fingerprint
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_lies_beside_it_stays(bundle, tmp_path):
+    for beside in ("model.old", "model.new"):
+        (tmp_path / beside).mkdir()
+        (tmp_path / beside / "backup").touch()
+    for _ in range(2):
+        bundle.save(tmp_path / "model")
+    assert {path.name for path in tmp_path.rglob("backup*")} == {"backup"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.new", "model.old"]
+
+
+@pytest.mark.parametrize("fails", ["write_text", "rename"])
+def test_a_failure_leaves_the_bundle_of_before_and_nothing_beside(bundle, tmp_path, monkeypatch, fails):
+    bundle.save(tmp_path / "model")
+    works = getattr(Path, fails)
+
+    def full(path, *arguments, **options):
+        if path.name == "new" or path.parent.name == "new":
+            raise OSError(28, "No space left on device")
+        return works(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, fails, full)
+    with pytest.raises(UserError, match="cannot write the model bundle"):
+        Bundle(bundle.network, Vocabulary(("a", "c"))).save(tmp_path / "model")
+    assert Bundle.load(tmp_path / "model").fingerprint == bundle.fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_others_may_read_a_bundle_as_far_as_the_umask_says(bundle, tmp_path):
+    bundle.save(tmp_path / "model")
+    (tmp_path / "any").mkdir()
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def test_the_fingerprint_is_of_all_that_a_score_depends_on(bundle):
