@@ -176,23 +176,54 @@ Strategy = Literal["max", "mean", "topk"]
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 
+class _Refused(yaml.MarkedYAMLError):
+    """YAML that PyYAML takes and the settings do not; the problem is for people."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without letting the last of two equal keys win, which may stand far apart."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return a mapping, of which no key is set twice."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no setting is called so
+            if key.value in lines:
+                problem = f"{key.value} is set here and in line {lines[key.value]} already; keep one of the two"
+                raise _Refused(problem=problem, problem_mark=key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node: 2020-13-45 without quotes has none, since it is taken for a date."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError:
+            problem = "a value here looks like a date or a number, but is none; put it in quotes if it is text"
+            raise _Refused(problem=problem, problem_mark=node.start_mark) from None
+
+
 def load(path: Path, schema: type[SettingsT]) -> SettingsT:
     """Read the settings file at `path` as `schema`.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, an environment variable is not set, a key is unknown
-            or a value is impossible; the message names the key's path and never a value (it may be a secret).
+        UserError: the file is missing or no YAML mapping, an environment variable is not set, a key is unknown or
+            set twice, or a value is impossible; the message names the key's path and never a value (it may be a
+            secret).
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the settings file ({_reason(error)}); name one with --config") from None
     try:
-        raw = yaml.safe_load(text)
+        raw = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: this is not valid YAML; check indentation and quotes there") from None
+        invalid = "this is not valid YAML; check indentation and quotes there"
+        raise UserError(f"{path}{where}: {error.problem if isinstance(error, _Refused) else invalid}") from None
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):

@@ -43,6 +43,13 @@ def test_the_shipped_file_states_the_defaults():
         ("events: {message_pattern: '127.0.0.1'}", "events.message_pattern: asks for certain digits"),
         ("events: {format: xml}", "events.format: input should be 'json' or 'text'"),
         ("a: [", "not valid YAML"),
+        (
+            "windows: {idle_timeout: 1h}\ndrift: {}\nwindows: {max_ahead: 1h}",
+            "config.yaml, line 3: windows is set here and in line 1 already",
+        ),
+        ("windows:\n  max_ahead: 1h\n  'max_ahead': 2h", "line 3: max_ahead is set here and in line 2 already"),
+        ("kafka:\n  client.id: 2020-13-45", "config.yaml, line 2: a value here looks like a date or a number"),
+        ("scoring: {every: 0x_}", "config.yaml, line 1: a value here looks like a date or a number"),
         ("- 1", "must be a mapping"),
     ],
 )
@@ -62,6 +69,17 @@ def test_the_group_may_be_named_for_every_client_or_for_consumers():
     assert group(**{"group.id": "mine"}) == "mine"
     assert group(**{"group.id": "mine", "consumer": {"group.id": "other"}}) == "other"
     assert group() == "log-anomaly-transformer"
+
+
+def test_a_section_may_take_over_another_and_change_it(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "kafka:\n  consumer: &common {client.id: a, fetch.min.bytes: 2}\n  producer: {<<: *common, client.id: b}\n"
+    )
+    settings = load_settings(path).kafka
+    assert settings.consumer["client.id"] == "a"
+    assert settings.producer["client.id"] == "b"
+    assert settings.producer["fetch.min.bytes"] == 2
 
 
 def test_secrets_come_from_the_environment_and_are_never_shown(tmp_path, monkeypatch):
