@@ -2,7 +2,7 @@
 
 import os
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -121,6 +121,9 @@ STAMPS = ("iso", "ms", "s")
 """Values of `events.timestamp_format` that are no strptime format: ISO 8601, and numbers since 1970."""
 
 
+_MOMENT = datetime(2008, 11, 10, 22, 35, 36, 123456, tzinfo=UTC)  # each part of it has all its digits
+
+
 class EventSettings(Section):
     """`events:` — the names of an event's fields, or how to cut a raw log line."""
 
@@ -151,11 +154,21 @@ class EventSettings(Section):
     def _lines_can_be_cut(self) -> "EventSettings":
         if re.search(self.block_pattern, ""):
             raise ValueError("block_pattern should not match where there is nothing; write + where it says *")
-        if self.timestamp_format not in STAMPS and not re.search("%[YyGcDx]", self.timestamp_format):
+        if self.timestamp_format in STAMPS:
+            return self
+        if not re.search("%[YyGcDx]", self.timestamp_format):
             raise ValueError(
                 "timestamp_format should name the year (%Y or %y), or be iso, ms or s; for lines without a year set "
                 "timestamp_pattern to null, which takes the time of the Kafka message"
             )
+        try:
+            datetime.strptime(_MOMENT.strftime(self.timestamp_format), self.timestamp_format)  # noqa: DTZ007 - the same
+        except (ValueError, re.error) as error:
+            why = str(error).partition(" in format")[0]
+            raise ValueError(
+                f"timestamp_format would give no line a time: {why}; the directives are those of Python's strptime, "
+                "and a literal % is %%"
+            ) from None
         return self
 
 

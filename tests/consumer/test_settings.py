@@ -37,6 +37,12 @@ def test_the_shipped_file_states_the_defaults():
         ("events: {block_pattern: '(a)(b)'}", "events.block_pattern: should have at most one group"),
         ("events: {block_pattern: '[0-9]*'}", "events: block_pattern should not match where there is nothing"),
         ("events: {timestamp_format: '%b %d %H:%M:%S'}", "events: timestamp_format should name the year"),
+        (
+            "events: {timestamp_format: '%Y-%m-%d %K:%M:%S'}",
+            "events: timestamp_format would give no line a time: 'K' is a bad directive; the directives are those of",
+        ),
+        ("events: {timestamp_format: '%Y %'}", "timestamp_format would give no line a time: stray %; the"),
+        ("events: {timestamp_format: '%Y %Y'}", "timestamp_format would give no line a time: redefinition of group"),
         ("events: {masks: {user: a}}", "events.masks.user"),
         ("events: {masks: {A: '['}}", "events.masks.A: is not a regular expression"),
         ("events: {masks: {A: 'x{2,}[0-9a-f]{8}'}}", "events.masks.A: asks for certain digits"),
@@ -69,6 +75,20 @@ def test_the_group_may_be_named_for_every_client_or_for_consumers():
     assert group(**{"group.id": "mine"}) == "mine"
     assert group(**{"group.id": "mine", "consumer": {"group.id": "other"}}) == "other"
     assert group() == "log-anomaly-transformer"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "%y%m%d %H%M%S", "%Y-%m-%d", "%d/%b/%Y:%H:%M:%S %z", "%Y-%m-%dT%H:%M:%S.%fZ", "%a %b %d %H:%M:%S %Z %Y", "%c",
+        "%x %X", "%B %d, %Y %I:%M:%S %p", "%Y/%j %H%M%S%f", "%G-W%V-%u", "%Y %U %w", "100%% %Y", "[%Y年%m月%d日]",
+        "iso", "ms", "s",
+    ],
+)  # fmt: skip
+def test_a_format_that_strptime_reads_is_taken(tmp_path, form):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"events: {{timestamp_format: '{form}'}}", encoding="utf-8")
+    assert load_settings(path).events.timestamp_format == form
 
 
 def test_a_section_may_take_over_another_and_change_it(tmp_path):
