@@ -150,7 +150,7 @@ def _from_files(
         console.print(line)
     quantile = settings.calibration.quantile
     if young := _young(normal, milliseconds(settings.windows.idle_timeout), quantile):
-        console.print(f"[yellow]{young}[/]")
+        console.print(young, style="yellow")
     if len(normal.sessions) < blocks_needed(quantile) and arguments.target_alerts_per_day is None:
         raise UserError(
             f"{len(normal.sessions):,} normal sessions are too few for calibration.quantile {quantile:g}: it takes at "

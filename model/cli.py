@@ -14,10 +14,10 @@ from model.errors import UserError
 
 _LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
 
-console = Console(highlight=False)
-"""Standard output for people: tables, progress bars, results."""
+console = Console(highlight=False, markup=False, emoji=False)
+"""Standard output for people: tables, progress bars, results. Text is printed as it is: paths may hold [brackets]."""
 
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 """Standard error: what went wrong."""
 
 
@@ -36,7 +36,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         status = main() or 0
     except UserError as error:
-        errors.print(f"error: {error}", markup=False)
+        errors.print(f"error: {error}")
         status = 2
     except KeyboardInterrupt:
         errors.print("interrupted")
@@ -48,7 +48,7 @@ def run(main: Callable[[], int | None]) -> None:
 def progress_bar(what: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
     """Show a bar while the block runs; call what it gives with the number of further things done."""
     with Progress(
-        TextColumn(what),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),

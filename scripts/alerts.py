@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from consumer.alerts import Alert
 from consumer.patience import AT_END
@@ -82,7 +82,7 @@ def _print_newest(settings: Settings, most: int) -> None:
         table.add_column(heading, max_width=width, overflow="fold")
     for message in published[max(0, len(published) - most) :]:
         when, severity, block, score, what, expected = columns(decode(message.value()))
-        table.add_row(when, block, f"{severity}\n{score}", f"{what}\n[dim]expected {expected}[/]")
+        table.add_row(when, block, Text.assemble(severity, "\n", score), Text.assemble(what, "\n", _expected(expected)))
     console.print(table)
     if len(published) > most:
         errors.print(f"the last {most:,} to be published are shown; --last N shows more, --json all")
@@ -212,8 +212,8 @@ def decode(value: bytes) -> Alert:
         raise UserError(f"a message in the alerts topic is no alert of this version ({error}); use --json") from None
 
 
-def columns(alert: Alert) -> tuple[str, ...]:
-    """Return time, severity, block, score, what happened and what was expected, as rich markup."""
+def columns(alert: Alert) -> tuple[Text, ...]:
+    """Return time, severity, block, score, what happened and what was expected."""
     offender = alert.offender
     revision = f" (revision {alert.revision})" if alert.revision > 1 else ""
     expected = ", ".join(f"{other.event_id} {other.probability:.0%}" for other in offender.expected)
@@ -233,18 +233,23 @@ def columns(alert: Alert) -> tuple[str, ...]:
         expected,
     )
     colour = SEVERITY_COLOURS.get(alert.severity, OTHER_COLOUR)
-    return escape(when), f"[{colour}]{escape(alert.severity)}[/]", *map(_plain, cells)
+    return Text(when), Text(alert.severity, colour), *map(_plain, cells)
 
 
-def _plain(text: str) -> str:
-    """Return text that neither rich nor the terminal takes for more than text: names are written by anyone."""
-    return escape("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))
+def _plain(text: str) -> Text:
+    """Return text that the terminal takes for no more than text: names are written by anyone."""
+    return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))
 
 
-def one_line(alert: Alert) -> str:
-    """Return the alert as a line of rich markup."""
+def _expected(names: Text) -> Text:
+    return Text.assemble("expected ", names, style="dim")
+
+
+def one_line(alert: Alert) -> Text:
+    """Return the alert as a line."""
     when, severity, block, score, what, expected = columns(alert)
-    return f"{when}  {severity}  [bold]{block}[/]  {score}  {what}  [dim]expected {expected}[/]"
+    block.stylize("bold")
+    return Text("  ").join((when, severity, block, score, what, _expected(expected)))
 
 
 if __name__ == "__main__":

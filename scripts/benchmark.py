@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from consumer.settings import load_settings
 from model.bundle import Bundle
@@ -54,7 +55,7 @@ def main() -> None:
         stage = Stage(given, kafka, Path(scratch), traffic)
         try:
             for name in arguments.only:
-                console.print(f"[bold]{name}[/]: {(PARTS[name].__doc__ or '').partition(chr(10))[0]}")
+                console.print(Text.assemble((name, "bold"), f": {(PARTS[name].__doc__ or '').partition(chr(10))[0]}"))
                 results[name] = PARTS[name](stage, arguments)
                 console.print(_table(name, results[name]))
                 _write(results, arguments.json)  # a part that fails later costs none of those before it

@@ -19,7 +19,6 @@ from typing import Any
 import msgspec
 import yaml
 from confluent_kafka.admin import AdminClient
-from rich.markup import escape
 from rich.rule import Rule
 from rich.table import Table
 
@@ -137,7 +136,7 @@ def _stream(settings: Settings, config: Path, live: Workload, log: Path) -> tupl
 
         events = paced(iter(live.events), rate=_RATE)
         replay(settings, events, last_events=Counter(event.block_id for event in live.events), report=show)
-        console.print(f"[dim]{len(live.events):,} events played in {time.monotonic() - started:.0f} s[/]")
+        console.print(f"{len(live.events):,} events played in {time.monotonic() - started:.0f} s", style="dim")
         end = time.monotonic() + _PATIENCE_SECONDS
         quiet = time.monotonic() + _QUIET_SECONDS
         while time.monotonic() < min(end, quiet):
@@ -163,7 +162,7 @@ def _take(reader: TopicReader, found: _Found, wait: float = 0.0) -> bool:
             found.shown += 1
             console.print(one_line(alert), soft_wrap=True)
             if found.shown == _SHOWN:
-                console.print("[dim]… and so on[/]")
+                console.print("… and so on", style="dim")
         found.alerts[alert.block_id] = alert
     return any_came
 
@@ -174,7 +173,7 @@ def _summary(live: Workload, found: _Found, seconds: float) -> int:
     kinds = Counter(live.faults.values())
     hits = Counter(live.faults[block] for block in found.alerts if block in live.faults)
     for kind, count in sorted(kinds.items()):
-        table.add_row(escape(kind.replace("_", " ")), f"{count:,}", f"{hits[kind]:,}")
+        table.add_row(kind.replace("_", " "), f"{count:,}", f"{hits[kind]:,}")
     table.add_section()
     table.add_row("all", f"{len(live.faults):,}", f"{hits.total():,}")
     console.print(table)
@@ -190,7 +189,7 @@ def _summary(live: Workload, found: _Found, seconds: float) -> int:
         "see the README."
     )
     if not hits:
-        console.print("[red]No fault was found: that is not as it should be.[/]")
+        console.print("No fault was found: that is not as it should be.", style="red")
         return 1
     return 0
 

@@ -128,10 +128,10 @@ class _Trial:
                 self._start()
             source.start()
             for number, fault in enumerate(schedule, 1):
-                console.print(f"[dim]{time.monotonic() - begun:6.0f} s  {number}/{len(schedule)}  {fault}[/]")
+                console.print(f"{time.monotonic() - begun:6.0f} s  {number}/{len(schedule)}  {fault}", style="dim")
                 getattr(self, f"_{fault}")()
                 self._supervise(self._random.uniform(0.3, 2.0))
-            console.print(f"[dim]{time.monotonic() - begun:6.0f} s  no more faults: the rest of the stream[/]")
+            console.print(f"{time.monotonic() - begun:6.0f} s  no more faults: the rest of the stream", style="dim")
             while source.is_alive():
                 self._supervise(0.5)
             self._drain(settings)
@@ -224,7 +224,7 @@ class _Trial:
             self._tally.unexpected_exits += 1
             lines = log.read_text(errors="replace").splitlines()
             self._tally.exits.append(f"{log.name}: status {instance.returncode}: {lines[-1] if lines else ''}")
-            console.print(f"[red]{self._tally.exits[-1]}[/]", markup=True)
+            console.print(self._tally.exits[-1], style="red")
 
     def _kill(self) -> None:
         self._random.choice(self._alive()).kill()

@@ -5,7 +5,6 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +29,7 @@ class LiveAlerts:
     """
 
     def __init__(
-        self, topic: str, cells: Callable[[Alert], tuple[str, ...]], clock: Callable[[], float] = time.time
+        self, topic: str, cells: Callable[[Alert], tuple[Text, ...]], clock: Callable[[], float] = time.time
     ) -> None:
         self._topic = topic
         self._cells = cells
@@ -65,11 +64,9 @@ class LiveAlerts:
         horizon = self._clock() - _RATE_SECONDS
         while self._recent and self._recent[0] < horizon:
             self._recent.popleft()
-        counts = "  ".join(
-            f"[{SEVERITY_COLOURS.get(name, OTHER_COLOUR)}]{count:,} {escape(name)}[/]"
+        said = f"  {self._severities.total():,} alerts, {len(self._recent):,} in the last minute  "
+        counts = (
+            (f"{count:,} {name}  ", SEVERITY_COLOURS.get(name, OTHER_COLOUR))
             for name, count in self._severities.most_common()
         )
-        return Text.from_markup(
-            f"[bold]{escape(self._topic)}[/]  {self._severities.total():,} alerts, {len(self._recent):,} in the last "
-            f"minute  {counts}  [dim]Ctrl-C ends[/]",
-        )
+        return Text.assemble((self._topic, "bold"), said, *counts, ("Ctrl-C ends", "dim"))

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from consumer.clients import client
 from consumer.settings import Settings, load_settings
@@ -86,21 +87,21 @@ def main() -> None:
 
     unit = "lines" if raw else "events"
     ensure_topics(settings, [TopicSpec(topic)])
-    with console.status(f"counting the {unit} of {arguments.file.name}"):
+    with console.status(Text(f"counting the {unit} of {arguments.file.name}")):
         lasts, total = Counter[str](), 0
         for item in read():
             lasts.update(blocks_of(item))
             total += 1
     started = time.monotonic()
     with Progress(
-        TextColumn(f"replaying {arguments.file.name}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.completed:,} of {task.total:,} " + unit),
         TimeRemainingColumn(),
         console=console,
     ) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task(f"replaying {arguments.file.name}", total=total)
         done = replay(
             settings,
             paced(read(), rate=arguments.rate, speed=arguments.speed),

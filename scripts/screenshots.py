@@ -66,7 +66,7 @@ def main() -> None:
         path = arguments.out / f"{name}.png"
         few = Image.open(io.BytesIO(picture)).convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=1)
         few.save(path, optimize=True)
-        console.print(f"{path}: {path.stat().st_size / 1000:.0f} kB", markup=False)
+        console.print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 def _watch(config: Path, live: Workload, log: Path) -> bytes:

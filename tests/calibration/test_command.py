@@ -83,6 +83,18 @@ def test_blocks_that_may_not_be_over_are_warned_of_and_can_be_left_out(folder):
     assert re.search(r"\d+ normal sessions, .* left out, \d+ not as a whole in the time range", flat(done.stdout))
 
 
+def test_paths_are_printed_as_they_are(folder):
+    normal = folder / "[prod]" / "x[/]:smile:{y}.csv.gz"
+    normal.parent.mkdir(parents=True)
+    normal.symlink_to(folder / "events.csv.gz")
+    out = folder / "[bold]" / "threshold.json"
+    done = run(folder, "--normal", normal, "--out", out)
+    assert done.returncode == 0, done.stderr
+    said = "".join(done.stdout.split())
+    for path in (f"{normal}:", f"writtento{out},", f"reportin{out.with_name('calibration_report.html')},"):
+        assert path in said
+
+
 def flat(text):
     return " ".join(text.split())
 

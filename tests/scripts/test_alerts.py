@@ -5,7 +5,6 @@ import io
 import msgspec
 import pytest
 from rich.console import Console
-from rich.text import Text
 
 from consumer.alerts import Alert, Counted
 from scripts.alerts import columns, found, one_line
@@ -29,17 +28,17 @@ ALERT = msgspec.convert(
 
 
 def test_a_line_says_everything_and_no_name_is_taken_for_markup():
-    text = Text.from_markup(one_line(ALERT)).plain
+    text = one_line(ALERT).plain
     assert "2008-11-09 20:35:30  minor  blk_[red]1  5.25 > 1.50" in text
     assert "event 2 is E7: disk [bold]full  expected E9 90%" in text
-    hostile = Text.from_markup(one_line(msgspec.structs.replace(ALERT, block_id="a\x1b[2J\nb\u202e"))).plain
+    hostile = one_line(msgspec.structs.replace(ALERT, block_id="a\x1b[2J\nb\u202e")).plain
     assert "  a\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}  " in hostile
 
 
 def test_a_line_says_which_counts_are_unusual():
     counts = (Counted("E20", "deletion failed", 1, 0, 8.9), Counted("<OTHER>", None, 2, 0, 4.5))
     offender = msgspec.structs.replace(ALERT.offender, event_id="<END>", counts=counts)
-    text = Text.from_markup(one_line(msgspec.structs.replace(ALERT, reason="counts", offender=offender))).plain
+    text = one_line(msgspec.structs.replace(ALERT, reason="counts", offender=offender)).plain
     assert "ended with 1 E20, 2 <OTHER>  expected 0 E20, 0 <OTHER>" in text
 
 
@@ -47,7 +46,7 @@ def test_a_line_says_which_counts_are_unusual():
     ("severity", "style"), [("minor", "yellow"), ("critical", "bold red"), ("own-name", "magenta")]
 )
 def test_severity_has_its_colour(severity, style):
-    line = Text.from_markup(one_line(msgspec.structs.replace(ALERT, severity=severity)))
+    line = one_line(msgspec.structs.replace(ALERT, severity=severity))
     styles = {line.plain[span.start : span.end]: str(span.style) for span in line.spans}
     assert styles[severity] == style
 
