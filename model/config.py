@@ -138,8 +138,8 @@ class EventSettings(Section):
     masks: dict[MaskName, OverShape] = {
         "ID": r"(?i)\b[0-9a-f]+(?:-[0-9a-f]+){4}\b",
         "ADDRESS": r"/?\b\d+\.\d+\.\d+\.\d+(?::\d+)?\b|(?i:(?<![\w:])(?:[0-9a-f]*:){3,}[0-9a-f]*(?![\w:]))",
-        "PATH": r"\w+://[^\s,;]+|(?<![\w/])(?:/[\w.$<>@+~-]+){2,}/?",
-        "HEX": r"(?i)\b(?:0x[0-9a-f]+|(?:[a-f]+\d[a-f]+|\d[a-f]+\d)[0-9a-f]*)\b",
+        "PATH": r"(?<!\w)\w+://[^\s,;]+|(?<![\w/])(?:/[\w.$<>@+~-]+){2,}/?",
+        "HEX": r"(?i)\b(?:0x[0-9a-f]+|(?:[a-f]+\d[a-f]|\d[a-f]+\d)[0-9a-f]*)\b",
         "DURATION": r"\b\d+(?:\.\d+)? ?(?:[munµ]?s|sec(?:ond)?s?|milli(?:s|seconds?)|min(?:ute)?s?|hours?|days?)\b",
         "NUMBER": r"(?:(?<!\S)[-+])?\d+(?:\.\d+)*",
     }

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from consumer.events import MAX_ID_BYTES
@@ -64,6 +64,30 @@ def masked(message, rules=RULES):
 )  # fmt: skip
 def test_variables_become_their_names(message, wanted):
     assert masked(message) == wanted
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "part",
+    ["g", "a", "٣", "a0", "foo_bar", "a:", ":", "a-", "/", "/a", "/a ", "0.", "0:", "٣.", "0x", "w:/", "<", "A", "<A",
+     "<A>,", " ", "-0"],
+)  # fmt: skip
+def test_a_long_word_takes_no_step_for_each_pair_of_its_letters(part):
+    for word in (part * (600_000 // len(part)), "a" * 300_000 + "0" + part * (300_000 // len(part)) + "g"):
+        LineCutter(RULES).masked(f"blk {word}".encode())
+
+
+PLAINER = {  # masks that such a word did take long with
+    "PATH": r"\w+://[^\s,;]+|(?<![\w/])(?:/[\w.$<>@+~-]+){2,}/?",
+    "HEX": r"(?i)\b(?:0x[0-9a-f]+|(?:[a-f]+\d[a-f]+|\d[a-f]+\d)[0-9a-f]*)\b",
+}
+
+
+@given(st.sampled_from(sorted(PLAINER)), st.text(alphabet="aF0xg٣_/:.-, <>", max_size=40))
+@example("HEX", "a0a a0aa0 0a0 0a aa0 0x0 0x a0ag a٣a a٣٣ g_a0a")
+@example("PATH", "a://b a://,b://c d://\t/a/b//c/d x/a/b a/://b")
+def test_masks_find_what_plainer_ones_find(name, text):
+    assert re.sub(dict(RULES.masks)[name], "<>", text) == re.sub(PLAINER[name], "<>", text)
 
 
 def test_own_masks_come_in_their_order():
