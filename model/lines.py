@@ -155,22 +155,19 @@ class LineReader:
         """
         blocks, shape = self._cut(text)
         if not blocks:
-            return (), "", None
+            return blocks, "", None
         event = self._by_shape.get(shape)
         return blocks, self._rare(text, shape) if event is None else event, self._time(text)
 
     def read_all(self, texts: Sequence[str]) -> tuple[list[Sequence[str]], list[str], list[int | None]]:
-        """Return what `read` returns of each line, as columns; for many lines this is faster.
-
-        The event of a line that names no block is without meaning here.
-        """
+        """Return what `read` returns of each line, as columns; for many lines this is faster."""
         blocks, shapes = self._cutter.cut_all(texts)
-        known = list(map(self._by_shape.get, shapes))
+        known = map(self._by_shape.get, shapes)
         events = [
-            event if event is not None else self._rare(text, shape)
-            for event, text, shape in zip(known, texts, shapes, strict=True)
+            "" if not named else event if event is not None else self._rare(text, shape)
+            for named, event, text, shape in zip(blocks, known, texts, shapes, strict=True)
         ]
-        return blocks, events, list(map(self._time, texts))
+        return blocks, events, [self._time(text) if named else None for named, text in zip(blocks, texts, strict=True)]
 
     def _rare(self, text: str, shape: bytes) -> str:
         """Return the event of a line whose shape is new, or of no template."""

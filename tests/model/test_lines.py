@@ -144,6 +144,16 @@ def test_memory_is_bounded(monkeypatch):
         assert len(reader._by_shape) < 50
 
 
+def test_a_line_that_names_no_block_is_neither_masked_nor_remembered():
+    reader = LineReader(LineFormat(RULES, ("start <BLOCK>", "start <*>")))
+    lines = [HEAD + "start " + letter for letter in "abcdefg"]
+    assert reader.read_all(lines) == ([[]] * 7, [""] * 7, [None] * 7)
+    assert not reader._by_shape
+    assert not reader._by_masked
+    assert reader.read_all([*lines, "start blk_1"])[1] == [""] * 7 + [event_id("start <BLOCK>")]
+    assert list(reader._by_shape) == [b"start <BLOCK>"]
+
+
 WORDS = st.sampled_from(
     ["start", "stop", "blk_1", "blk_-22", "blk_1,", "10.0.0.1:80", "10.0.0.12:8080,", "/a/b/c7", "7", "1234", "0x1f",
      "12ms", "[1.2.3.4", "5.6.7.8]",
@@ -159,7 +169,7 @@ def test_from_memory_as_by_the_plain_way(training, lines):
     reader = LineReader(LineFormat(RULES, templates))
     many = [*lines, *training, *lines]
     together = zip(*LineReader(LineFormat(RULES, templates)).read_all(many), strict=True)
-    assert [line for line in together if line[0]] == [line for line in map(reader.read, many) if line[0]]
+    assert list(together) == list(map(reader.read, many))
     for line in many:
         blocks, event, _ = reader.read(line)
         wanted_blocks, wanted = plainly(RULES, templates, line)
