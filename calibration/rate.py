@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from decimal import ROUND_DOWN, Context, Decimal
+from fractions import Fraction
+from math import ceil
 
-from calibration.quantile import blocks_needed
 from model.errors import UserError
 
 DAY = 86_400_000
@@ -38,10 +39,10 @@ def quantile_for(alerts_per_day: float, per_day: float, blocks: int) -> float:
             "this traffic; give a smaller number"
         )
     share = Context(prec=_DIGITS, rounding=ROUND_DOWN).create_decimal(Decimal(alerts_per_day) / Decimal(per_day))
-    q = float(1 - share)
-    if blocks < blocks_needed(q):
+    needed = ceil(1 / Fraction(share)) - 1  # as `blocks_needed`, also where 1 - share is 1.0
+    if blocks < needed:
         raise UserError(
             f"--target-alerts-per-day {alerts_per_day:g} of {per_day:,.0f} normal blocks a day takes at least "
-            f"{blocks_needed(q):,} calibration blocks, and there are {blocks:,}; give more, or allow more alerts"
+            f"{needed:,} calibration blocks, and there are {blocks:,}; give more, or allow more alerts"
         )
-    return q
+    return float(1 - share)

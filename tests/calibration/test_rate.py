@@ -41,3 +41,9 @@ def test_too_few_blocks_are_told_how_many_it_takes():
         quantile_for(1, 10_000, 500)
     assert f"at least {blocks_needed(0.9999):,} calibration blocks" in str(caught.value)
     assert quantile_for(1, 10_000, blocks_needed(0.9999)) == 0.9999
+
+
+@pytest.mark.parametrize("target", [1e-10, 1e-12, 1e-300])
+def test_a_target_next_to_nothing_takes_more_blocks_than_there_are(target):
+    with pytest.raises(UserError, match=r"takes at least [0-9,]{21,} calibration blocks, and there are 1,000,000;"):
+        quantile_for(target, 1e6, 10**6)
