@@ -284,6 +284,7 @@ class Detector:
         if bool(fact["closing"]) and why.offender == int(fact["length"]):
             reason = "counts" if why.counts else "truncated"
         source = min(why.offender, int(fact["length"]) - 1)
+        p_value = self._threshold.p_value(why.score)
         return Alert(
             schema_version=SCHEMA_VERSION,
             alert_id=alert_id(self._topic, number, int(fact["first_offset"]), block),
@@ -294,7 +295,7 @@ class Detector:
             score=why.score,
             threshold=self._threshold.threshold,
             strategy=self._threshold.strategy,
-            p_value=round(self._threshold.p_value(why.score), 6),
+            p_value=round(p_value, 6) or p_value,  # not 0, which no p-value is
             offender=Offender(
                 position=_position(looks, place, why),
                 event_id=names[why.offender],

@@ -175,6 +175,13 @@ def test_an_alert_says_what_happened_where(scorer, make_threshold):
     assert alert.p_value == 0.2, "none of the four calibration blocks scores as high: 1 / 5"
 
 
+def test_a_p_value_is_never_rounded_to_zero(scorer, make_threshold):
+    threshold = dataclasses.replace(make_threshold(0.0), blocks=2_000_001, counts=(1, 2, 1_999_998))
+    (alert,) = run(scorer, threshold, [("X", "never seen", 0)])
+    assert alert.p_value == pytest.approx(1 / 2_000_002)
+    validate(alert)
+
+
 @pytest.fixture(scope="module")
 def long_windows():
     vocabulary = Vocabulary(("a", "b"))
