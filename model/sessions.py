@@ -24,6 +24,7 @@ _TRACE_COLUMNS = ("BlockId", "Features")
 _EVENT_COLUMNS = ("timestamp", "block_id", "event_id")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
+_CELL_CHARACTERS = 64_000_000  # all events of a session may stand in one; what is longer is taken for an open quote
 _FIRST_EVENT = 1_000_000_000_000  # 2001-09-09T01:46:40Z: when the events of files without timestamps begin
 
 
@@ -345,10 +346,12 @@ def _table(path: Path, lines: Iterator[str]) -> tuple[list[str], Iterator[tuple[
 
 
 def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(lines, skipinitialspace=True)
-    width = count = 0
+    csv.field_size_limit(_CELL_CHARACTERS)
+    reader = csv.reader(lines, skipinitialspace=True, strict=True)  # strict: an open quote is told at the file's end
+    width = count = last = 0
     try:
         for row in reader:
+            last = reader.line_num
             if not row:
                 continue
             width = width or len(row)
@@ -359,7 +362,7 @@ def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
             yield reader.line_num, row
             count += 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}); is a quote left open?") from None
+        raise UserError(f"{path}, line {last + 1}: not CSV ({error}); is a quote left open?") from None
     if count < 2:
         raise UserError(f"{path}: holds a header and nothing else; give a file with rows")
 

@@ -100,6 +100,11 @@ def test_features_may_be_written_as_any_tool_writes_lists(give, features):
     assert read_sessions(give(f"Features,BlockId\n{features},a\n")).sessions == [Session("a", ("E5", "E22"))]
 
 
+def test_a_cell_holds_all_events_of_a_long_session(give):
+    (session,) = read_sessions(give(f'BlockId,Features\na,"[{",".join(["E5"] * 100_000)}]"\n')).sessions
+    assert session.events == ("E5",) * 100_000
+
+
 @pytest.mark.parametrize("name", ["anomaly_label.csv", "labels.csv"])
 @pytest.mark.parametrize("content", ["BlockId,Features\na,[E5]\nb,[E5]\nc,[E5]\n", EVENTS + "1,c,E5\n"])
 def test_missing_labels_come_from_the_file_beside(give, name, content):
@@ -266,7 +271,9 @@ GOOD = '{"block_id": "a", "events": ["E5"]}\n'
         (HEAD + "1,a,E5\n1,,E5\n", "line 3: block_id or event_id is empty"),
         (HEAD + "1,a,E5\n1,a,\n", "line 3: block_id or event_id is empty"),
         (HEAD + "1,a,E5\n1,a\n", "line 3: 2 columns, but the header has 3"),
-        (HEAD + f'1,"a,E5\n{"2,b,E5" * 30_000}\n', "not CSV.*is a quote left open"),
+        (HEAD + f'1,a,E5\n1,"a,E5\n{"2,b,E5" * 30_000}\n', "line 3: not CSV.*is a quote left open"),
+        (HEAD + '1,a,E5\n1,a,"E5\n1,b,E5\n1,c,E5\n', "line 3: not CSV.*is a quote left open"),
+        (HEAD + '1,"a,E5\n1,"b",E5\n', "line 2: not CSV.*is a quote left open"),
         ('BlockId,Features\na,[E5]\nb,"[E5,]"\n', "line 3: .*Features is empty"),
         ("BlockId,Features\na,[]\n", "line 2: .*Features is empty"),
         ("BlockId,Label,Features\na,odd,[E5]\n", "line 2: unknown label 'odd'"),
