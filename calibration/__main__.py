@@ -4,7 +4,6 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
 from model.sessions import NormalSessions, read_normal, read_sessions
+from model.stamps import iso
 
 _FROM_SETTINGS = ""
 
@@ -184,7 +184,7 @@ def _from_topic(topic: str, settings: Settings, scorer: Scorer, begin: int | Non
     traffic = read_traffic(
         settings, topic, scorer, begin=begin, end=end, progress=lambda total: progress_bar(f"reading {topic}", total)
     )
-    span = f", {_iso(traffic.first)} to {_iso(traffic.last)}" if traffic.first is not None and traffic.last else ""
+    span = f", {iso(traffic.first)} to {iso(traffic.last)}" if traffic.first is not None and traffic.last else ""
     source = [
         f"topic {topic}: {traffic.messages:,} messages{span}",
         f"{traffic.dead_letters:,} of them are no events: the consumer makes them dead letters",
@@ -242,10 +242,6 @@ def _say(threshold: Threshold, left_out: Sequence[str]) -> None:
     console.print(table)
     for reason in left_out:
         console.print(reason)
-
-
-def _iso(time_ms: int) -> str:
-    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -31,9 +30,8 @@ from consumer.settings import DriftSettings
 from consumer.threshold import Threshold
 from consumer.windows import WindowStore
 from model.scoring import Explanation, Scorer
+from model.stamps import iso
 from model.vocabulary import END, UNK, Vocabulary
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,13 +301,13 @@ class Detector:
                 surprisal=why.surprisals[why.offender],
                 expected=tuple(Expected.of(token, share, self._bundle.vocabulary) for token, share in why.expected),
                 offset=int(looks.offsets[place, source]),
-                timestamp=_iso(looks.times[place, source]),
+                timestamp=iso(looks.times[place, source]),
                 counts=tuple(Counted.of(kind, self._bundle.vocabulary) for kind in why.counts),
             ),
             window=tuple(map(WindowEvent, fitting(names), why.surprisals)),
             events_seen=int(fact["count"]),
-            first_event_time=_iso(fact["first_time"]),
-            last_event_time=_iso(fact["last_time"]),
+            first_event_time=iso(fact["first_time"]),
+            last_event_time=iso(fact["last_time"]),
             source=Source(self._topic, number, int(fact["first_offset"]), int(fact["last_offset"])),
             model=self._threshold.model,
             drift=self._partitions[number].drift.alarm,
@@ -332,8 +330,3 @@ def _position(looks: Looks, place: int, why: Explanation) -> int:
     """Return the offender's number in its session, from 1."""
     fact = looks.facts[place]
     return int(fact["count"]) - int(fact["length"]) + why.offender + 1
-
-
-def _iso(milliseconds: int) -> str:
-    moment = _EPOCH + timedelta(milliseconds=int(milliseconds))
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

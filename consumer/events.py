@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from consumer.names import NameIndex, Names
 from consumer.parse import BLOCK, EVENT, NO_KEY, parse
 from consumer.settings import EventSettings
+from model.stamps import LATEST
 from model.vocabulary import UNK
 
 TOMBSTONE = -1
@@ -36,8 +37,6 @@ MAX_ID_BYTES = 1024
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _EARLIEST = -62_135_596_800_000  # the first millisecond of the year 1
-LATEST = 253_402_300_799_999
-"""The last millisecond of the year 9999: an alert could not write a later time."""
 
 
 class Undecodable(ValueError):  # noqa: N818 - it names the message, not the program's failure

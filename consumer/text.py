@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from consumer.events import LATEST, MAX_ID_BYTES, TOMBSTONE, Decoder, EventBatch, Messages, Refused, Undecodable
+from consumer.events import MAX_ID_BYTES, TOMBSTONE, Decoder, EventBatch, Messages, Refused, Undecodable
 from consumer.names import Names
 from consumer.settings import Settings, milliseconds
 from model.bundle import Bundle
 from model.config import EventSettings
 from model.errors import UserError
 from model.lines import LineFormat, LineReader
+from model.stamps import LATEST
 from model.vocabulary import UNK
 
 Row = tuple[str, str, int]

@@ -4,15 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from model.errors import UserError
-
-_LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
+from model.stamps import time_of
 
 console = Console(highlight=False, markup=False, emoji=False)
 """Standard output for people: tables, progress bars, results. Text is printed as it is: paths may hold [brackets]."""
@@ -67,14 +65,7 @@ def milliseconds_of(option: str, text: str | None) -> int | None:
     """
     if text is None:
         return None
-    try:
-        if text.isdecimal():
-            time_ms = int(text)
-        else:
-            moment = datetime.fromisoformat(text)
-            time_ms = round(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() * 1000)
-    except ValueError:
-        time_ms = -1
-    if not 0 <= time_ms <= _LATEST:
+    time = time_of(text)
+    if time is None:
         raise UserError(f"{option} {text}: write a time like 2008-11-10T06:00 (UTC) or milliseconds since 1970")
-    return time_ms
+    return time

@@ -4,7 +4,6 @@ import csv
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
 from sys import intern
@@ -16,14 +15,13 @@ from model import rawlog
 from model.errors import UserError
 from model.files import FORMATS, opened
 from model.lines import LineFormat, LineReader
+from model.stamps import LATEST, time_of
 
 _JSONL = "session JSONL"
 _LABEL_FILES = ("anomaly_label.csv", "labels.csv")
 _ANOMALOUS = {"anomaly": True, "fail": True, "1": True, "normal": False, "success": False, "0": False}
 _TRACE_COLUMNS = ("BlockId", "Features")
 _EVENT_COLUMNS = ("timestamp", "block_id", "event_id")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
 _CELL_CHARACTERS = 64_000_000  # all events of a session may stand in one; what is longer is taken for an open quote
 _FIRST_EVENT = 1_000_000_000_000  # 2001-09-09T01:46:40Z: when the events of files without timestamps begin
 
@@ -141,7 +139,7 @@ def read_normal(
     spans = []
     left_out = outside = begun = 0
     latest: int | None = None
-    since, until = (0 if begin is None else begin), (_LATEST + 1 if end is None else end)
+    since, until = (0 if begin is None else begin), (LATEST + 1 if end is None else end)
     for path in paths:
         file = read_sessions(path, lines)
         healthy = [session for session in file.sessions if not session.anomalous]
@@ -288,15 +286,8 @@ def _interleaved(sessions: list[Session]) -> Iterator[Event]:
 
 
 def _milliseconds(path: Path, number: int, text: str) -> int:
-    try:
-        if text.isdecimal():
-            time = int(text)
-        else:
-            moment = datetime.fromisoformat(text)
-            time = (moment.replace(tzinfo=moment.tzinfo or UTC) - _EPOCH) // timedelta(milliseconds=1)
-    except ValueError:
-        time = -1
-    if not 0 <= time <= _LATEST:
+    time = time_of(text)
+    if time is None:
         raise UserError(
             f"{path}, line {number}: {text[:40]!r} is no timestamp between the years 1970 and 9999; "
             "write ISO 8601 or milliseconds since 1970"

@@ -1,12 +1,14 @@
-"""Timestamps as log lines write them."""
+"""Times: as log lines and people write them, and as milliseconds since 1970."""
 
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 
+LATEST = 253_402_300_799_999
+"""The last millisecond of the year 9999: an alert could not write a later time."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_LATEST = 253_402_300_799_999  # the last millisecond of the year 9999
 _REMEMBERED = 4096  # neighbouring lines mostly share their second
 _FIELDS = {"Y": r"\d{4}", "y": r"\d\d", "m": r"\d\d", "d": r"\d\d", "H": r"\d\d", "M": r"\d\d", "S": r"\d\d"}
 _DIRECTIVE = re.compile("%(.)")
@@ -27,7 +29,7 @@ def stamp_reader(form: str) -> Callable[[str], int | None]:
             return None
         since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH
         time = since.days * 86_400_000 + since.seconds * 1000 + since.microseconds // 1000
-        return time if 0 <= time <= _LATEST else None
+        return time if 0 <= time <= LATEST else None
 
     return read
 
@@ -65,3 +67,23 @@ def _by_format(form: str) -> Callable[[str], datetime]:
         return datetime(year, month, day, hour, minute, second, tzinfo=UTC)
 
     return fast
+
+
+_iso_8601 = stamp_reader("iso")
+
+
+def time_of(text: str) -> int | None:
+    """Return a time that is written in ISO 8601 or in milliseconds since 1970; None where it is no such time."""
+    if not text.isdecimal():
+        return _iso_8601(text)
+    try:
+        time = int(text)
+    except ValueError:  # more digits than Python reads
+        return None
+    return time if time <= LATEST else None
+
+
+def iso(milliseconds: int) -> str:
+    """Write a time in ISO 8601, in UTC."""
+    moment = _EPOCH + timedelta(milliseconds=int(milliseconds))
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

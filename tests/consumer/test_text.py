@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.crossings import Crossings
-from consumer.events import LATEST, NO_WATERMARK, TOMBSTONE, Messages, Undecodable
+from consumer.events import NO_WATERMARK, TOMBSTONE, Messages, Undecodable
 from consumer.names import Names
 from consumer.settings import Settings
 from consumer.text import TextDecoder, decoder_for
@@ -17,6 +17,7 @@ from model.bundle import Bundle
 from model.config import EventSettings
 from model.errors import UserError
 from model.lines import LineFormat, LineRules
+from model.stamps import LATEST
 from model.templates import event_id
 from model.vocabulary import UNK
 
