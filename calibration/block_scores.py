@@ -30,7 +30,9 @@ class Block:
 
     Attributes:
         name: block id.
-        looks: the scores of its looks in order; the last one is the closing look.
+        score: the highest over all looks: the block score.
+        looked: how many looks there were.
+        looks: their scores in order, the last one that of the closing look; none where they are not kept.
         row: (window + 2,) the look with the highest score, as the network sees it; the first of them.
         unknown: event ids of the UNK tokens in `row`, by place.
         seen: events of the session up to that look.
@@ -39,17 +41,14 @@ class Block:
     """
 
     name: str
+    score: float
+    looked: int
     looks: list[float]
     row: NDArray[np.uint16]
     unknown: Mapping[int, str]
     seen: int
     count: int
     first_offset: int
-
-    @property
-    def score(self) -> float:
-        """The highest score over all looks: the block score."""
-        return max(self.looks)
 
     def events(self, vocabulary: Vocabulary) -> list[str]:
         """Return the event ids of `row`, as an alert would name them."""
@@ -61,8 +60,9 @@ class Block:
 class _Open:
     """The same of a session that is not over."""
 
+    score: float = -np.inf
+    looked: int = 0
     looks: list[float] = field(default_factory=list)
-    best: float = -np.inf
     row: NDArray[np.uint16] = field(default_factory=lambda: np.empty(0, np.uint16))
     unknown: Mapping[int, str] = field(default_factory=dict)
     seen: int = 0
@@ -74,9 +74,11 @@ class SessionScores:
     Args:
         scores: of the model, without a threshold.
         every, idle_timeout: as `WindowStore`. No session is closed to make room: what is not whole says nothing.
+        keep_looks: whether blocks bring the scores of all looks; in a stream some may never end.
     """
 
-    def __init__(self, scores: LookScores, *, every: int, idle_timeout: int = _NEVER) -> None:
+    def __init__(self, scores: LookScores, *, every: int, idle_timeout: int = _NEVER, keep_looks: bool = False) -> None:
+        self._keep_looks = keep_looks
         self._scores = scores
         self._store = WindowStore(window=scores.scorer.bundle.window, every=every, idle_timeout=idle_timeout)
         self._open: dict[int, _Open] = {}
@@ -91,15 +93,19 @@ class SessionScores:
                 zip(*(c.tolist() for c in columns), strict=True)
             ):
                 session = self._open.setdefault(slot, _Open())
-                session.looks.append(score)
-                if score > session.best:
-                    session.best, session.row = score, looks.rows[place].copy()
+                session.looked += 1
+                if self._keep_looks:
+                    session.looks.append(score)
+                if score > session.score:
+                    session.score, session.row = score, looks.rows[place].copy()
                     session.seen = int(facts["count"][place])
                     session.unknown = self._names(looks, place) if has_unknown else {}
                 if closing:
                     del self._open[slot]
                     yield Block(
                         name=self._store.block(slot),
+                        score=session.score,
+                        looked=session.looked,
                         looks=session.looks,
                         row=session.row,
                         unknown=session.unknown,
@@ -150,7 +156,7 @@ def block_scores(
     `report` is told, now and then, how many more sessions are done.
     """
     scores = LookScores(scorer, None, CACHE)
-    judge = SessionScores(scores, every=every)
+    judge = SessionScores(scores, every=every, keep_looks=True)
     looks: list[NDArray[np.float64]] = []
     highest: list[Block] = []
     for first in range(0, len(sessions), _SESSIONS_AT_A_TIME):

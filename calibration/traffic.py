@@ -152,7 +152,7 @@ class PartitionTraffic:
 
     def _judge(self, batch: EventBatch) -> None:
         for block in self._sessions.take(batch):
-            self._traffic.looks += len(block.looks)
+            self._traffic.looks += block.looked
             if self._start is not None and block.first_offset >= self._start:
                 self._traffic.scores.append(block.score)
                 keep_highest(self._traffic.highest, block)

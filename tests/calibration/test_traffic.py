@@ -187,6 +187,15 @@ def test_the_highest_block_can_be_explained(scorer):
     assert np.count_nonzero(block.row) == 1 + block.seen + ("<END>" in block.events(scorer.bundle.vocabulary))
 
 
+def test_looks_are_counted_and_not_kept_since_some_blocks_never_end(scorer):
+    traffic = read(scorer, [("x", "a", 0)] * 50 + [("x", None, 0)] + [("y", "b", 0)] * 50)
+    assert traffic.looks == 51
+    assert traffic.highest[0].looked == 51
+    assert traffic.highest[0].looks == []
+    (score,) = block_scores([Session("x", ("a",) * 50)], scorer, every=1).blocks
+    assert traffic.scores == [score]
+
+
 def test_a_block_silent_for_the_idle_timeout_is_not_open_when_the_range_begins(scorer):
     stream = [("X", "a", 0), ("Y", "a", 900), ("Y", "b", 1800), ("X", "b", 1800), ("X", None, 0)]
     found = read(scorer, stream, begin=1500)
