@@ -44,6 +44,7 @@ def main() -> None:
     settings = load(arguments.config, TrainingJob)
     device = choose(settings.device)
     out = arguments.out or settings.model.path
+    Bundle.check_place(out)
 
     sessions, templates, lines = _read(arguments, LineRules.of(settings.events))
     vocabulary = Vocabulary.of((session.events for session in sessions), templates)

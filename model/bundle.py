@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,16 +63,27 @@ class Bundle:
         """Return the files that make up a bundle."""
         return folder / _FACTS, folder / _WEIGHTS
 
-    def save(self, folder: Path) -> None:
-        """Write the bundle to `folder`, replacing a bundle that is there.
-
-        It is written beside and moved, so that a reader never finds half of it.
+    @staticmethod
+    def check_place(folder: Path) -> None:
+        """Make sure that a bundle can be written to `folder`: training takes minutes.
 
         Raises:
             UserError: the folder holds something else, or cannot be written.
         """
         if folder.exists() and not (folder / _FACTS).is_file():
             raise UserError(f"{folder}: exists and is no model bundle; name another folder with --out")
+        with _beside(folder):
+            pass
+
+    def save(self, folder: Path) -> None:
+        """Write the bundle to `folder`, replacing a bundle that is there.
+
+        It is written beside and moved, so that a reader never finds half of it.
+
+        Raises:
+            UserError: as `check_place`.
+        """
+        self.check_place(folder)
         facts = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -82,25 +94,21 @@ class Bundle:
             "training": dict(self.training),
             "lines": msgspec.to_builtins(self.lines),
         }
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as beside:
-                fresh, old = Path(beside, "new"), Path(beside, "old")
-                fresh.mkdir()  # not the temporary folder itself, which only its owner may read
-                save_file(
-                    {name: weight.contiguous() for name, weight in self.network.state_dict().items()}, fresh / _WEIGHTS
-                )
-                (fresh / _FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                if folder.exists():
-                    folder.rename(old)
-                try:
-                    fresh.rename(folder)
-                except BaseException:
-                    if old.exists():
-                        old.rename(folder)
-                    raise
-        except OSError as error:
-            raise UserError(f"{folder}: cannot write the model bundle ({error.strerror or error})") from None
+        with _beside(folder) as beside:
+            fresh, old = beside / "new", beside / "old"
+            fresh.mkdir()  # not the temporary folder itself, which only its owner may read
+            save_file(
+                {name: weight.contiguous() for name, weight in self.network.state_dict().items()}, fresh / _WEIGHTS
+            )
+            (fresh / _FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            if folder.exists():
+                folder.rename(old)
+            try:
+                fresh.rename(folder)
+            except BaseException:
+                if old.exists():
+                    old.rename(folder)
+                raise
 
     @classmethod
     def load(cls, folder: Path) -> "Bundle":
@@ -127,3 +135,18 @@ class Bundle:
         if not intact:
             raise UserError(f"{folder}: the bundle's fingerprint does not match its contents; {again}")
         return bundle
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """Enter with a temporary folder beside another.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as beside:
+            yield Path(beside)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the model bundle ({error.strerror or error})") from None

@@ -13,7 +13,7 @@ from model.errors import UserError
 
 _UNITS = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 def _duration(value: Any) -> timedelta:
@@ -256,10 +256,11 @@ def _with_environment(value: Any, path: Path, where: tuple[str, ...]) -> Any:
         return value
 
     def fill(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name not in os.environ:
+        name, default = match.groups()
+        found = os.environ.get(name, default)
+        if found is None:
             raise UserError(f"{path}: {'.'.join(where)} needs the environment variable {name}, which is not set")
-        return os.environ[name]
+        return found
 
     return _VARIABLE.sub(fill, value)
 

@@ -109,6 +109,8 @@ def test_secrets_come_from_the_environment_and_are_never_shown(tmp_path, monkeyp
     settings = load_settings(path)
     assert settings.kafka.for_consumer()["sasl.password"] == "hunter2"
     assert "hunter2" not in repr(settings)
+    path.write_text("topics: {events: '${EVENTS:-logs}', alerts: '${KAFKA_PASSWORD:-alerts}'}")
+    assert (load_settings(path).topics.events, load_settings(path).topics.alerts) == ("logs", "hunter2")
     path.write_text("kafka: {sasl.password: ['${KAFKA_PASSWORD}']}")
     with pytest.raises(UserError) as caught:
         load_settings(path)

@@ -125,6 +125,14 @@ def test_a_damaged_bundle_is_refused_in_one_sentence(bundle, tmp_path, damage, s
     assert "python -m model" in str(caught.value)
 
 
+def test_a_place_where_nothing_can_be_written_is_found_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/model: cannot write the model bundle"):
+        Bundle.check_place(tmp_path / "file" / "model")
+    Bundle.check_place(tmp_path / "new" / "model")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_a_folder_that_is_something_else_is_not_overwritten(bundle, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
