@@ -62,6 +62,7 @@ class Service:
         self.messages = 0
         self.alerts = Counter[str]()
         self.dead_letters = Counter[str]()
+        self._handed_over = 0
         self._warned: dict[str, float] = {}
 
     def run(self) -> None:
@@ -89,6 +90,7 @@ class Service:
         )
         with closing(self._delivery), self._assignment.membership():
             self._loop()
+            self._handed_over = self._detector.open_blocks
         self._assignment.check()
 
     def _loop(self) -> None:
@@ -158,12 +160,12 @@ class Service:
             return self._take(by_partition)
 
     def summary(self) -> str:
-        """Return where things stand, in a line."""
+        """Return what was done, in a line."""
         evicted = f", {self._detector.evicted:,} closed early to make room" if self._detector.evicted else ""
         return (
             f"{self.messages:,} messages, {self._detector.looks:,} looks, {self._detector.scored:,} windows scored, "
             f"{self.alerts.total():,} alerts, {self.dead_letters.total():,} dead letters, "
-            f"{self._detector.open_blocks:,} open blocks{evicted}"
+            f"{self._handed_over:,} open blocks handed over{evicted}"
         )
 
     def status(self) -> Status:

@@ -24,8 +24,8 @@ _HEAD = """# Configuration
 
 Every setting of config.yaml. A key that is left out has its default. `${NAME}` in any value is replaced by the
 environment variable of that name, `${NAME:-x}` by x where there is none: secrets belong there. Durations are written
-`250ms`, `30s`, `10m`, `24h` or `7d`. An unknown key or an impossible value ends each command with one sentence that names
-the key.
+`250ms`, `30s`, `10m`, `24h` or `7d`. An unknown key or an impossible value ends each command with one sentence that
+names the key.
 
 This page is written by `python -m scripts.reference`; to change it, change the comments of config.yaml.
 """

@@ -257,7 +257,9 @@ def test_a_stop_commits_what_is_done(play, delivery, member):
     service = play(events)
     assert delivery.committed == {0: 1, 1: 1}
     assert delivery.visible == [(TOPICS.alerts, b"x"), (TOPICS.dead_letters, b"g")]
-    assert service.summary().startswith("2 messages, 1 looks, 1 windows scored, 1 alerts, 1 dead letters, 0 open")
+    assert service.summary().startswith(
+        "2 messages, 1 looks, 1 windows scored, 1 alerts, 1 dead letters, 1 open blocks handed"
+    )
     assert not member.owned
 
 
