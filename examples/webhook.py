@@ -5,7 +5,8 @@ So no alert is lost, whatever is killed; one may come twice, under the same Idem
     python examples/webhook.py --brokers localhost:9092 --url https://example.org/hooks/alerts --severity major critical
 
 A receiver that is away or busy is tried again, for as long as it takes. One that refuses (400, 401, 404 …) ends the
-program with status 2: that takes a person. Needs nothing of this project, only confluent-kafka.
+program with status 2: that takes a person. Brokers that are away are waited for, too. Needs nothing of this project,
+only confluent-kafka.
 """
 
 import argparse
@@ -14,15 +15,18 @@ import os
 import signal
 import sys
 import time
+from contextlib import closing
 from http.client import HTTPException
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from confluent_kafka import Consumer, KafkaException, Message
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message
 
 SECONDS = 10.0  # that an answer may take
 PAUSES = (0.5, 1, 2, 5, 10, 30)  # between tries; the last one from then on
 BUSY = {408, 425, 429}  # client errors that pass
+SAY_SECONDS = 30.0  # between two lines about brokers that are away
 
 
 def main() -> int:
@@ -39,18 +43,45 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopped.append(number))
 
-    consumer = Consumer(
-        dict(arguments.set)
-        | {
-            "bootstrap.servers": arguments.brokers,
-            "group.id": arguments.group,
-            "auto.offset.reset": "earliest",
-            "isolation.level": "read_committed",
-            "enable.auto.commit": False,
-        }
-    )
-    consumer.subscribe([arguments.topic])
     try:
+        check(arguments.url)
+        read(arguments, stopped)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KafkaException as error:
+        print(f"error: {reason(error.args[0], arguments)}", file=sys.stderr)
+        return 2
+    except PermissionError as refusal:
+        print(f"error: the receiver refuses: {refusal}; mend that and start again", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check(url: str) -> None:
+    """Make sure that something can be posted there.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port, for one
+        whole = False
+    if not whole or not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError(f"--url {url} is no address to post to; write it as https://example.org/hooks/alerts")
+
+
+def read(arguments: argparse.Namespace, stopped: list[int]) -> None:
+    """Deliver alerts until told to stop.
+
+    Raises:
+        KafkaException: waiting would not mend it.
+        PermissionError: the receiver refuses.
+    """
+    with closing(member(arguments)) as consumer:
+        consumer.subscribe([arguments.topic])
         while not stopped:
             message = consumer.poll(0.5)
             if message is None:
@@ -61,12 +92,6 @@ def main() -> int:
             wanted = not arguments.severity or alert["severity"] in arguments.severity
             if not wanted or deliver(consumer, arguments.url, alert, message.value(), stopped):
                 commit(consumer, message)
-    except PermissionError as refusal:
-        print(f"error: the receiver refuses: {refusal}; mend that and start again", file=sys.stderr)
-        return 2
-    finally:
-        consumer.close()
-    return 0
 
 
 def deliver(consumer: Consumer, url: str, alert: dict, body: bytes, stopped: list[int]) -> bool:
@@ -100,6 +125,38 @@ def post(url: str, body: bytes, key: str) -> str | None:
         return f"{error.code} {error.reason}"
     except (OSError, HTTPException) as error:
         return str(error)
+
+
+def member(arguments: argparse.Namespace) -> Consumer:
+    """Return a member of the group; it says now and then that brokers are away, which librdkafka mends by itself."""
+    quiet_until = 0.0
+
+    def notice(error: KafkaError) -> None:
+        nonlocal quiet_until
+        if time.monotonic() >= quiet_until:
+            quiet_until = time.monotonic() + SAY_SECONDS
+            said = error.str().partition(" (after ")[0]
+            print(f"kafka: {said}; trying again until it works", file=sys.stderr, flush=True)
+
+    own = {
+        "bootstrap.servers": arguments.brokers,
+        "group.id": arguments.group,
+        "auto.offset.reset": "earliest",
+        "isolation.level": "read_committed",  # never what a transaction took back
+        "enable.auto.commit": False,  # only what is done is committed
+        "error_cb": notice,
+    }
+    return Consumer({"log_level": 2, **dict(arguments.set), **own})  # its log would be twenty lines a second
+
+
+def reason(error: KafkaError, arguments: argparse.Namespace) -> str:
+    """Return why there is no going on, and what to do."""
+    if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+        where = f"{arguments.topic} at {arguments.brokers}"
+        return f"there is no topic {where}; the detector makes it: start that first, or see to --topic"
+    if error.code() == KafkaError._INVALID_ARG:  # noqa: SLF001 - confluent-kafka names librdkafka's own errors so
+        return f"--set: {error.str().strip()}; mend or remove it"
+    return f"kafka: {error.str()}; mend that and start again"
 
 
 def commit(consumer: Consumer, message: Message) -> None:

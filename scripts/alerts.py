@@ -9,13 +9,14 @@ from contextlib import closing
 from pathlib import Path
 
 import msgspec
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from consumer.alerts import Alert
-from consumer.patience import AT_END
+from consumer.clients import client
+from consumer.patience import AT_END, Patience
 from consumer.settings import Settings, load_settings
 from consumer.topics import require_topic
 from model.cli import argument_parser, console, errors, run
@@ -116,14 +117,19 @@ class TopicReader:
         self._topic = topic
         partitions = range(require_topic(settings, self._topic))
         self._unread = set(partitions)
-        self._consumer = Consumer(
+        self._patience = Patience()
+        self._consumer = client(
+            Consumer,
+            settings,
             settings.kafka.for_consumer()
             | {
                 "group.id": f"{settings.kafka.group}-alert-reader",  # librdkafka wants one; nothing is committed for it
                 "isolation.level": "read_committed",
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
-            }
+                "log_level": 2,
+                "error_cb": self._notice,
+            },
         )
         self._consumer.assign([TopicPartition(self._topic, number, OFFSET_BEGINNING) for number in partitions])
 
@@ -142,6 +148,7 @@ class TopicReader:
             message = self._consumer.poll(seconds)
         except KafkaException as error:
             raise UserError(f"{self._topic}: {error.args[0].str()}") from None
+        self._patience.check()
         if message is None:
             return None
         trouble = message.error()
@@ -156,6 +163,10 @@ class TopicReader:
     def close(self) -> None:
         """Give back the connection."""
         self._consumer.close()
+
+    def _notice(self, error: KafkaError) -> None:
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001 - comes with an error that says which and why
+            self._patience.notice(error)
 
 
 def watch(settings: Settings) -> None:

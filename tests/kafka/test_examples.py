@@ -16,6 +16,8 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from scripts.local_kafka import free_port
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -170,6 +172,53 @@ def test_a_receiver_that_refuses_ends_the_webhook(start, receiver):
     _, said = process.communicate(timeout=40)
     assert process.returncode == 2
     assert re.fullmatch(r"error: the receiver refuses: 404 .*; mend that and start again\n", said)
+
+
+def example(name, *options):
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / name, *options],
+        capture_output=True, text=True, check=False, timeout=30,
+    )  # fmt: skip
+
+
+EXAMPLES = pytest.mark.parametrize("command", [("read_alerts.py",), ("webhook.py", "--url", "http://127.0.0.1:9/x")])
+
+
+@EXAMPLES
+def test_a_reader_that_comes_before_its_topic_says_so(kafka, command):
+    done = example(*command, "--brokers", kafka.bootstrap, "--topic", "not-yet")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: there is no topic not-yet at 127.*start that first.*\n", done.stderr)
+
+
+@EXAMPLES
+def test_a_wrong_setting_is_one_sentence(command):
+    done = example(*command, "--set", "foo", "bar")
+    assert done.returncode == 2
+    assert re.fullmatch(r'error: --set: .*"foo"; mend or remove it\n', done.stderr)
+
+
+@pytest.mark.parametrize("url", ["example.org/x", "ftp://example.org/x", "http:///x", "http://a:b/x", "http://a/b c"])
+def test_a_url_that_nothing_can_be_posted_to_is_one_sentence(url):
+    done = example("webhook.py", "--url", url)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: --url {url} is no address to post to; .*\n", done.stderr)
+
+
+@EXAMPLES
+def test_while_no_broker_answers_one_line_says_so(command):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "examples" / command[0], *command[1:], "--brokers", f"127.0.0.1:{free_port()}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        said = process.stderr.readline()
+        assert re.fullmatch(r"kafka: 127.*Connection refused; trying again until it works\n", said)
+        time.sleep(1)
+        assert stop(process) == ("", "")
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.skipif(shutil.which("kcat") is None, reason="kcat is not installed")

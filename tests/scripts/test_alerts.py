@@ -1,13 +1,17 @@
-"""How an alert reads on a terminal."""
+"""How an alert reads on a terminal, and what is said while no broker is there to read from."""
 
 import io
+import time
+from contextlib import closing
 
 import msgspec
 import pytest
+from confluent_kafka.admin import AdminClient
 from rich.console import Console
 
 from consumer.alerts import Alert, Counted
-from scripts.alerts import columns, found, one_line
+from consumer.settings import load_settings
+from scripts.alerts import TopicReader, columns, found, one_line
 from scripts.live import LiveAlerts
 
 ALERT = msgspec.convert(
@@ -101,3 +105,20 @@ def test_labelled_blocks_are_counted_once_by_their_gravest_alert():
     table = found({"a": True, "b": False, "c": True, "d": True, "e": False}, alerts)
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows == [("critical", "1", "0"), ("minor", "1", "1"), ("any alert", "2 of 3", "1 of 2")]
+
+
+def test_a_reader_whose_broker_went_away_says_so_once_and_waits(tmp_path, caplog, capfd):
+    brokers = AdminClient({"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 0})
+    (broker,) = brokers.list_topics("log-anomaly-alerts", timeout=10).brokers.values()
+    config = tmp_path / "config.yaml"
+    config.write_text(f"kafka: {{bootstrap.servers: '{broker.host}:{broker.port}'}}\n")
+    with closing(TopicReader(load_settings(config), "log-anomaly-alerts")) as reader:
+        while not reader.at_end:
+            reader.poll(0.1)
+        del brokers
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            assert reader.poll(0.1) is None
+    (said,) = caplog.messages
+    assert "Connect to" in said
+    assert capfd.readouterr().err == ""
