@@ -139,10 +139,6 @@ class NameIndex:
         """Return the names of slots (N,): views, valid until the next name is added."""
         return Names(self._table.data, *self._table.places[slots].T)
 
-    def slots(self) -> NDArray[np.int32]:
-        """Return the slots that have a name, ascending."""
-        return np.flatnonzero(self._table.places[:, 1]).astype(np.int32)
-
     def forget(self, slots: NDArray[np.int32]) -> None:
         """Take the names of these slots (N,) away."""
         _forget(self._table, slots, self.names(slots).hashes)

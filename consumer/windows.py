@@ -122,11 +122,6 @@ class WindowStore:
         """Return the block id of a slot."""
         return self._index.name(slot).decode()
 
-    def slot_of(self, name: bytes) -> int:
-        """Return the slot of an open block, `NONE` if it is not open."""
-        slot = int(self._index.find(Names.of([name]))[0])
-        return slot if slot != NONE and self.is_open(slot) else NONE
-
     def are_open(self, names: Names) -> NDArray[np.bool_]:
         """Say of each block (N,) whether it is open."""
         slots = self._index.find(names)

@@ -309,7 +309,8 @@ def test_blocks_that_others_judged_as_well_do_not_count(scorer, make_threshold):
     assert old.take_drift(0) is None, "nothing changed"
     for limit, blocks, since in ((3.0, 8, 0), (3.1, 2, 11)):
         new = Detector(scorer, make_threshold(limit), topic="logs", cache_windows=1000)
-        state = old.store(0).snapshot(old.store(0).slot_of(b"early"))
+        (early,) = old.store(0).unsaved()
+        state = old.store(0).snapshot(early)
         sessions = StoredSessions.of({"early": state}, scorer.bundle.vocabulary)
         new.assign(0, sessions, 0, 11, drift=DriftState.unpack(stored.pack()), since=11)
         new.process({0: batch_of(scorer.bundle, events[11:], 11)})

@@ -402,7 +402,8 @@ def test_records_in_bulk_are_those_of_the_plain_description(events):
         assert record is not None or max(offsets) > 2**32 or max(batch.times) >= 2**31
     again = WindowStore(window=WINDOW, every=1, idle_timeout=2**50)
     again.restore(StoredSessions.of(states, vocabulary), store.watermark, offsets[-1] + 1)
+    found = {again.block(slot): again.snapshot(slot) for slot in range(again.open_blocks)}
+    assert found.keys() == states.keys()
     for block, state in states.items():
-        found = again.snapshot(again.slot_of(block.encode()))
         for fact, value in vars(state).items():
-            assert np.array_equal(getattr(found, fact), value), fact
+            assert np.array_equal(getattr(found[block], fact), value), fact
