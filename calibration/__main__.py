@@ -14,7 +14,7 @@ from calibration.block_scores import Block, block_scores
 from calibration.calibrate import calibrate, usable_levels
 from calibration.quantile import blocks_needed
 from calibration.rate import blocks_per_day, quantile_for
-from calibration.traffic import read_traffic
+from calibration.traffic import Traffic, read_traffic
 from consumer.settings import Settings, load_settings, milliseconds
 from consumer.threshold import Threshold
 from model.bundle import Bundle
@@ -195,14 +195,33 @@ def _from_topic(topic: str, settings: Settings, scorer: Scorer, begin: int | Non
         console.print(line)
     console.print(f"{traffic.looks:,} looks, {traffic.distinct:,} distinct windows, {time.monotonic() - started:.0f} s")
     if not traffic.scores:
-        raise UserError(
-            f"topic {topic}: no block begins and closes in the range; blocks close with a tombstone or after "
-            "windows.idle_timeout of silence, so take a longer range"
-        )
+        raise UserError(f"topic {topic}: {_why_none(traffic)}")
     per_day = None
     if traffic.first is not None and traffic.last is not None:
         per_day = blocks_per_day(traffic.begun, [(traffic.first, traffic.last)])
     return Observed(traffic.blocks, traffic.highest, per_day, source)
+
+
+def _why_none(traffic: Traffic) -> str:
+    """Return why there is no block to calibrate on, and what to do."""
+    if not traffic.read:
+        return "there are no messages in the range; see to --from and --to, or name another topic: --topic TOPIC"
+    if traffic.refused == traffic.read:
+        return (
+            f"none of the {traffic.read:,} messages is an event (of the first, {traffic.why}); see to events in the "
+            "settings, which says what an event looks like, or name another topic: --topic TOPIC"
+        )
+    if traffic.skipped + traffic.refused == traffic.read:
+        return f"none of the {traffic.skipped:,} lines names a block; see to events.block_pattern in the settings"
+    if not traffic.messages and traffic.earliest is not None and traffic.latest is not None:
+        times = f"those that were read are from {iso(traffic.earliest)} to {iso(traffic.latest)}"
+        if traffic.cut:
+            times += ", and the first windows.idle_timeout does not count, since events before it have been deleted"
+        return f"no event lies in the range: {times}; choose --from and --to by the time that events tell"
+    return (
+        "no block begins and closes in the range; blocks close with a tombstone or after windows.idle_timeout of "
+        "silence, so take a longer range, or wait until more of them have closed"
+    )
 
 
 def _failing(paths: Sequence[Path], settings: Settings, scorer: Scorer) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ sessions that begin and close in the range count, for only these are known whole
 Both kinds are counted. They are the long-lived blocks: the range should be many times longer than a block lives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.block_scores import CACHE, Block, SessionScores, keep_highest
-from consumer.events import CLOCK, NO_WATERMARK, TOMBSTONE, EventBatch, Messages
+from consumer.events import CLOCK, NO_WATERMARK, TOMBSTONE, EventBatch, Messages, Refused
 from consumer.history import TopicHistory
 from consumer.scores import LookScores
 from consumer.settings import Settings, milliseconds
@@ -45,6 +45,11 @@ class Traffic:
         still_open: sessions left out because they were open when it ended.
         first, last: event times of the range as it was found, in milliseconds; None without events.
         looks, distinct: looks scored, and distinct windows among them, those before the range included.
+        read: messages read, those around the range included.
+        refused: of these, those that are neither event nor tombstone; `why` says it of the first.
+        skipped: of these, lines that name no block.
+        earliest, latest: times of the events among them; None without events.
+        cut: whether older events than those read have been deleted.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -57,6 +62,13 @@ class Traffic:
     last: int | None = None
     looks: int = 0
     distinct: int = 0
+    read: int = 0
+    refused: int = 0
+    why: str = ""
+    skipped: int = 0
+    earliest: int | None = None
+    latest: int | None = None
+    cut: bool = False
 
     @property
     def blocks(self) -> NDArray[np.float64]:
@@ -67,6 +79,16 @@ class Traffic:
     def begun(self) -> int:
         """Sessions that began in the range."""
         return len(self.scores) + self.still_open
+
+    def look_at(self, batch: EventBatch, refused: Sequence[Refused]) -> None:
+        """Note what messages were, whether they lie in the range or not."""
+        self.refused += len(refused)
+        if refused and not self.why:
+            self.why = refused[0].reason
+        times = batch.times[batch.tokens != TOMBSTONE].tolist()
+        if times:
+            self.earliest = min(*times, times[0] if self.earliest is None else self.earliest)
+            self.latest = max(*times, times[0] if self.latest is None else self.latest)
 
 
 class PartitionTraffic:
@@ -107,6 +129,8 @@ class PartitionTraffic:
     def take(self, messages: Messages) -> None:
         """Take in messages; those beyond the end of the range are left alone."""
         batch, refused = self._decoder.decode(messages)
+        self._traffic.look_at(batch, refused)
+        self._traffic.read += len(messages.offsets)
         # Rows before each dead letter.
         dead = np.searchsorted(batch.offsets, messages.offsets[[letter.place for letter in refused]]).tolist()
         offsets = batch.offsets
@@ -203,7 +227,9 @@ def read_traffic(
                         break
                 advance(high - done)
                 part.close()
+                traffic.cut |= cut
     traffic.distinct = scores.scored
+    traffic.skipped = decoder.skipped
     return traffic
 
 

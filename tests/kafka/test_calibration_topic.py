@@ -92,7 +92,33 @@ def test_a_time_range_holds_what_begins_and_closes_in_it(line, tmp_path):
 
     done = made.run("calibration", "--topic", "--from", str(start + 9 * DAY), check=False)
     assert done.returncode == 2
-    assert "no block begins and closes in the range" in done.stderr
+    assert "no event lies in the range: those that were read are from 2024-10-04T" in done.stderr
+
+
+def test_it_says_why_there_is_nothing_to_calibrate_on(line):
+    made = line(topics={"partitions": 1})
+    create(made)
+
+    def said():
+        done = made.run("calibration", "--topic", check=False)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        return done.stderr
+
+    assert "there are no messages in the range" in said()
+    made.produce([("A", b"garbage")] * 3)
+    assert "none of the 3 messages is an event (of the first, not an event" in said()
+    assert "see to events in the settings" in said()
+    made.produce([message("A", "E5", 20_000 * DAY)])
+    assert "no block begins and closes in the range" in said()
+
+
+def test_lines_that_name_no_block_are_nothing_to_calibrate_on(line, knows_lines):
+    made = line(topics={"partitions": 1}, model={"path": str(knows_lines / "model")}, events={"format": "text"})
+    create(made)
+    made.produce([(None, b"drop nothing"), (None, b"start nothing")])
+    done = made.run("calibration", "--topic", check=False)
+    assert "none of the 2 lines names a block; see to events.block_pattern" in done.stderr
 
 
 def test_after_deleted_events_the_first_idle_timeout_is_not_trusted(line):
