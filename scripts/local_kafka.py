@@ -115,11 +115,7 @@ class LocalKafka:
                 flock(lock, LOCK_EX | LOCK_NB)
             except BlockingIOError:
                 started = False
-                if recorded_port(self.folder) not in (None, self.port):
-                    raise UserError(
-                        f"the Kafka in {self.folder} is up on another port, {recorded_port(self.folder)}; "
-                        "use that port, take it down first, or name another folder"
-                    ) from None
+                self.require_port()
             else:
                 started = True
                 lock.truncate(0)
@@ -132,6 +128,18 @@ class LocalKafka:
                 self.kill()
             raise
         return started
+
+    def require_port(self) -> None:
+        """Make sure that the broker, if it runs, is the one at `port`.
+
+        Raises:
+            UserError: it has another port.
+        """
+        if self._runs() and (port := recorded_port(self.folder)) not in (None, self.port):
+            raise UserError(
+                f"the Kafka in {self.folder} is up on another port, {port}; "
+                "use that port, take it down first, or name another folder"
+            )
 
     def down(self, *, purge: bool = False) -> bool:
         """Stop the broker, by force if it takes over 20 s; with `purge` remove its folder too.
@@ -302,7 +310,9 @@ def main() -> int:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(prog="python -m scripts.local_kafka", description="A real Kafka on this machine.")
     parser.add_argument("command", choices=("up", "status", "down"))
-    parser.add_argument("--port", type=int, help=f"port on 127.0.0.1 (default: {LocalKafka.port})")
+    parser.add_argument(
+        "--port", type=int, help=f"on 127.0.0.1 (default: {LocalKafka.port}; status, down: that of the broker in --dir)"
+    )
     parser.add_argument(
         "--dir", type=Path, default=LocalKafka.folder, help="folder of its data (default: .cache/kafka/data)"
     )
@@ -310,6 +320,8 @@ def main() -> int:
     arguments = parser.parse_args()
     known = None if arguments.command == "up" else recorded_port(arguments.dir)
     kafka = LocalKafka(arguments.dir, arguments.port or known or LocalKafka.port)
+    if arguments.command != "up":
+        kafka.require_port()
     if arguments.command == "down":
         console.print("Kafka is down" if kafka.down(purge=arguments.purge) else "Kafka was not running")
         return 0

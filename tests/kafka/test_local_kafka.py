@@ -83,6 +83,10 @@ def test_the_command_starts_shows_and_stops(tmp_path):
         assert said.startswith("Kafka is up after")
         assert command("up", *where, "--port", str(port)) == (0, f"Kafka is up already at 127.0.0.1:{port}\n")
         assert command("status", *where) == (0, f"Kafka is up at 127.0.0.1:{port}\n")
+        for action in ("up", "status", "down"):
+            status, said = command(action, *where, "--port", str(free_port()))
+            assert (status, said.count("\n")) == (2, 1)
+            assert f"is up on another port, {port}; use that port" in said
     finally:
         assert command("down", *where) == (0, "Kafka is down\n")
     assert command("status", *where) == (1, "Kafka is down\n")
