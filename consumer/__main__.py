@@ -61,7 +61,8 @@ def _watch(arguments: Namespace) -> int:
     artifacts = Artifacts.load(settings)
     device = choose(settings.device)
     topics = settings.topics
-    created = ensure_topics(settings, map(TopicSpec, (topics.events, topics.alerts, topics.dead_letters)))
+    first = map(TopicSpec, (topics.events, topics.alerts, topics.dead_letters))
+    created = ensure_topics(settings, first, then=[topics.state])
     as_many = require_topic(settings, topics.events)
     created += ensure_topics(settings, [TopicSpec(topics.state, as_many)])
     for name in created:

@@ -51,8 +51,10 @@ class TopicSpec:
     config: Mapping[str, str] | None = None
 
 
-def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
+def ensure_topics(settings: Settings, specs: Iterable[TopicSpec], *, then: Iterable[str] = ()) -> list[str]:
     """Create the topics that are missing and return their names; leave existing ones as they are.
+
+    `then` are those that will be wanted next: where none may be created, all that are missing are named at once.
 
     Raises:
         UserError: no broker answers, a topic is missing and `topics.create` is false, or Kafka refuses.
@@ -60,14 +62,14 @@ def ensure_topics(settings: Settings, specs: Iterable[TopicSpec]) -> list[str]:
     wanted = list(specs)
     cluster = _cluster(settings)
     missing = [spec for spec in wanted if spec.name not in cluster.topics]
-    if not missing:
-        return []
-    names = ", ".join(spec.name for spec in missing)
-    if not settings.topics.create:
+    absent = [name for name in (*(spec.name for spec in wanted), *then) if name not in cluster.topics]
+    if absent and not settings.topics.create:
         raise UserError(
-            f"missing topics: {names}; create them, or set topics.create: true; if they are there, "
+            f"missing topics: {', '.join(absent)}; create them, or set topics.create: true; if they are there, "
             "the user may not see them (docs/security.md)"
         )
+    if not missing:
+        return []
     admin = _admin(settings)  # must live until its futures are done
     if _is_mock(cluster):
         for spec in missing:  # librdkafka's mock knows no request to create a topic: it does so when asked about one

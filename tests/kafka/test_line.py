@@ -196,7 +196,8 @@ def test_missing_topics_are_named_when_they_may_not_be_created(line):
     done = made.run("consumer", check=False)
     assert done.returncode == 2
     assert "missing topics" in done.stderr
-    for name in (made.settings.topics.events, made.settings.topics.alerts, made.settings.topics.dead_letters):
+    topics = made.settings.topics
+    for name in (topics.events, topics.alerts, topics.dead_letters, topics.state):
         assert name in done.stderr
     assert "Traceback" not in done.stderr
 
