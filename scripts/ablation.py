@@ -5,7 +5,6 @@ made from held-out healthy sessions (`scripts.synthetic`) are then scored at the
 sessions themselves give. The same table tells on your own logs which settings to keep.
 """
 
-import json
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from model.scoring import Scorer
 from model.sessions import Session, read_normal
 from model.training import train
 from model.vocabulary import Vocabulary
+from scripts.output import check_file, write_json
 from scripts.synthetic import broken
 
 QUANTILES = (0.99, 0.995, 0.999)
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results as JSON")
     arguments = parser.parse_args()
+    check_file("--json", arguments.json)
     settings = load_settings(arguments.config)
     training, held_out = (read_normal(files).sessions for files in (arguments.normal, arguments.held_out))
     if len(held_out) < blocks_needed(QUANTILES[0]):
@@ -65,8 +66,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for measured in _Trials(settings, training, held_out, arguments).run():
         results += measured
-        if arguments.json:  # after each training: it takes long, and what is measured is measured
-            arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, results)  # after each training: it takes long, and what is measured is measured
     _show(results)
 
 

@@ -4,7 +4,6 @@ Everything is measured in one run on one machine, so the ratios mean something e
 parts are in `scripts/bench/`; they drive the real consumer process from outside, as its users do.
 """
 
-import json
 import os
 import tempfile
 from argparse import Namespace
@@ -29,6 +28,7 @@ from scripts.bench.scoring import scoring
 from scripts.bench.stage import Stage
 from scripts.bench.throughput import cold, hdfs_v1, instances, open_blocks, pipeline
 from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
+from scripts.output import check_file, check_folder, write_json
 from scripts.simulator import simulate
 
 _Part = Callable[[Stage, Namespace], dict[str, Any]]
@@ -45,6 +45,8 @@ _ON_REQUEST = ("hdfs_v1",)  # needs two gigabytes of disk
 def main() -> None:
     """Measure what was asked for, show it, write it, draw it."""
     arguments = _arguments()
+    check_file("--json", arguments.json)
+    check_folder("--pictures", arguments.pictures)
     given = load_settings(arguments.config)
     traffic = _traffic(arguments.file, Bundle.load(given.model.path))
     results: dict[str, Any] = {}
@@ -107,8 +109,6 @@ def _traffic(file: Path | None, bundle: Bundle) -> Sequence[Event]:
 
 def _write(results: dict[str, Any], path: Path | None) -> None:
     """Write results with the ratios first and what the pipeline part found on top, as whoever compares wants them."""
-    if path is None:
-        return
     parts = dict(results)
     ordered = {**parts.pop("pipeline", {}), **{"latency_ms" if n == "latency" else n: v for n, v in parts.items()}}
     ratios = {name: value for name, value in ordered.items() if name.endswith("_ratio")}
@@ -118,7 +118,7 @@ def _write(results: dict[str, Any], path: Path | None) -> None:
                 ratios[f"{name}_{key}"] = values[key]
     for device, values in results.get("scoring", {}).items():
         ratios[f"scoring_share_of_peak_{device}"] = values["share_of_peak"]
-    path.write_text(json.dumps({**ratios, "cores": os.cpu_count(), **ordered}, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {**ratios, "cores": os.cpu_count(), **ordered})
 
 
 def _table(part: str, values: dict[str, Any]) -> Table:

@@ -25,6 +25,7 @@ from model.scoring import Explanation, Scorer
 from model.sessions import Session
 from model.training import train
 from model.vocabulary import BOS, END, END_NAME, PAD, Vocabulary
+from scripts.output import check_file
 from scripts.simulator import Workload, simulate
 
 PICTURE = Path(__file__).parents[1] / "docs" / "concepts.svg"
@@ -173,6 +174,7 @@ def main() -> None:
         "--out", type=Path, default=PICTURE, help="where to (default: docs/concepts.svg); .png works too"
     )
     out = parser.parse_args().out
+    check_file("--out", out)
     with console.status("training a small model"):
         told = story()
     with mpl.rc_context(_STYLE):

@@ -27,6 +27,7 @@ from consumer.settings import Settings, load_settings
 from model.cli import argument_parser, console, run
 from model.errors import UserError
 from scripts.alerts import TopicReader, one_line
+from scripts.output import check_folder
 from scripts.replay import paced, replay
 from scripts.simulator import Workload, simulate, write
 from scripts.systems import HDFS
@@ -55,7 +56,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     folder: Path = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder("--folder", folder)
     load_settings(arguments.config)  # a mistake in it should be told before anything starts
 
     _title("1. A simulated cluster writes its logs")

@@ -6,7 +6,6 @@ stream of events, failing blocks and all, through the detector's core, each bloc
 over as many partitions as the topic has.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from model.errors import UserError
 from model.scoring import Scorer
 from model.sessions import Session, read_events, read_normal
 from model.vocabulary import UNK
+from scripts.output import check_file, write_json
 
 AFTER = 20_000
 """Blocks after the change at most, drawn from those of the file again and again."""
@@ -79,6 +79,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     arguments = parser.parse_args()
+    check_file("--json", arguments.json)
     settings = load_settings(arguments.config)
     if not settings.drift.enabled:
         raise UserError("drift.enabled is false in the settings: there is nothing to measure")
@@ -90,9 +91,7 @@ def main() -> int:
     if arguments.events:
         quiet.append(streamed(settings, artifacts, arguments.events))
     _show(quiet, changes)
-    if arguments.json:
-        result = {"quiet": [asdict(row) for row in quiet], "changes": [asdict(row) for row in changes]}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.json, {"quiet": [asdict(row) for row in quiet], "changes": [asdict(row) for row in changes]})
     return int(any(row.alarms for row in quiet))
 
 

@@ -4,7 +4,6 @@ Labelled sessions go through the detector's windows and scores, without Kafka. T
 share of anomalies, so precision, F1 and average precision weigh each class to `--prior`.
 """
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from model.errors import UserError
 from model.scoring import Scorer
 from model.sessions import Session, read_normal, read_sessions
 from scripts.baselines import CountVectors, NewEvents
+from scripts.output import check_file, write_json
 
 QUANTILES = (0.95, 0.99, 0.995, 0.999, 0.9995)
 
@@ -70,6 +70,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results as JSON")
     arguments = parser.parse_args()
+    check_file("--json", arguments.json)
     if not 0 < arguments.prior < 1:
         raise UserError(f"--prior {arguments.prior:g}: a share between 0 and 1 is needed, such as 0.03")
     if bool(arguments.training) != bool(arguments.calibration):
@@ -96,11 +97,7 @@ def main() -> None:
         result["strategies"] = strategies(held_out, normal, anomalous, scorer, threshold.every, arguments.prior)
     _show(result, threshold)
     console.print(f"{time.monotonic() - started:.0f} s in all")
-    if arguments.json:
-        try:
-            arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{arguments.json}: cannot write the results ({error.strerror})") from None
+    write_json(arguments.json, result)
 
 
 def evaluate(

@@ -5,7 +5,6 @@ stops them until they are fenced, lets instances join and leave, aborts transact
 `scripts.verify` compares the alerts with those of the detector's core over the same events without any fault.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -33,6 +32,7 @@ from model.cli import argument_parser, console, run
 from model.errors import UserError
 from model.sessions import Event, read_events
 from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
+from scripts.output import check_file, check_folder, write_json
 from scripts.replay import endless, paced, replay
 from scripts.simulator import simulate
 from scripts.verify import Comparison, verify
@@ -78,18 +78,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep logs and the broker's data there")
     arguments = parser.parse_args()
+    check_file("--json", arguments.json)
+    check_folder("--keep", arguments.keep)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        folder = arguments.keep or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        tally, result = _Trial(arguments, folder).run()
+        tally, result = _Trial(arguments, arguments.keep or Path(scratch)).run()
     outcome = asdict(result) | asdict(tally)
     table = Table("", "count", title="faults, and what came of them")
     for name, value in outcome.items():
         if name != "exits":
             table.add_row(name.replace("_", " "), f"{value:,.0f}")
     console.print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.json, outcome)
     return 0 if result.is_exact and not tally.unexpected_exits else 1
 
 

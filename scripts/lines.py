@@ -5,7 +5,6 @@ as much by the one as by the other.
 """
 
 import csv
-import json
 import re
 import time
 from collections import Counter, deque
@@ -38,6 +37,7 @@ from model.templates import event_id
 from model.training import train
 from model.vocabulary import Vocabulary
 from scripts.evaluate import evaluate
+from scripts.output import check_file, write_json
 
 UNMATCHED = "no template"
 
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--quality", action="store_true", help="with --events: what a model finds by each")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results as JSON")
     arguments = parser.parse_args()
+    check_file("--json", arguments.json)
     settings = load_settings(arguments.config)
     rules = LineRules.of(settings.events)
     if not is_raw(arguments.file, rules):
@@ -112,11 +113,7 @@ def main() -> None:
     if arguments.quality:
         result["quality"] = quality(arguments.file, arguments.events, settings)
         _show_quality(result["quality"])
-    if arguments.json:
-        try:
-            arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{arguments.json}: cannot write the results ({error.strerror})") from None
+    write_json(arguments.json, result)
 
 
 def survey(path: Path, lines: LineFormat) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from model.cli import argument_parser, console, run
 from model.errors import UserError
 from scripts.browser import chromium
 from scripts.demo import command, configure, embedded_broker
+from scripts.output import check_folder
 from scripts.replay import paced, replay
 from scripts.simulator import Workload, simulate, write
 from scripts.systems import HDFS
@@ -46,7 +47,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"), help="where the pictures go (default: docs)")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder("--folder", folder)
+    check_folder("--out", arguments.out)
     for name, share, seed in (("train", 0.0, 1), ("calibration", 0.0, 2), ("failing", 1.0, 3)):
         write(simulate(_BLOCKS if share == 0 else 300, share, seed), HDFS, folder / name)
     live = simulate(_BLOCKS, _FAILING, 4, prefix="blk_")

@@ -23,6 +23,7 @@ from rich.table import Table
 from model import cli
 from model.errors import UserError
 from model.sessions import Event, Session
+from scripts.output import check_folder
 from scripts.systems import HDFS, SYSTEMS, System
 
 TEMPLATES: dict[str, str] = {
@@ -147,9 +148,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     parser.add_argument("--name", default="", help="put them into this subfolder: one of several workloads")
     arguments = parser.parse_args()
+    folder = arguments.out / arguments.name
+    check_folder("--out", folder)
     system = SYSTEMS[arguments.system]
     workload = simulate(arguments.blocks, arguments.faults, arguments.seed, system=system)
-    folder = arguments.out / arguments.name
     try:
         write(workload, system, folder)
     except OSError as error:

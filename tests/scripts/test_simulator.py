@@ -288,5 +288,5 @@ def test_the_command_writes_the_same_bytes_again(command, tmp_path):
 
 def test_a_folder_that_cannot_be_is_one_sentence(command, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another --out"):
+    with pytest.raises(UserError, match="cannot be written to"):
         command("--blocks", 5, "--out", tmp_path / "file")
