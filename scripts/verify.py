@@ -5,7 +5,6 @@ process, and compares with what is in the alerts topic, byte for byte. Sessions 
 threshold came into force were judged by others as well: their alerts are counted and not compared.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from consumer.topics import require_topic
 from model.cli import argument_parser, console, progress_bar, run
 from model.errors import UserError
 from scripts.alerts import TopicReader, decode, read_alerts
+from scripts.output import check_file, write_json
 
 Key = tuple[str, int]
 """Alert id and revision: what makes an alert one."""
@@ -52,6 +52,7 @@ def main() -> int:
     parser = argument_parser("scripts.verify", "Compare the alerts topic with the events, offline.")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     arguments = parser.parse_args()
+    check_file("--json", arguments.json)
     settings = load_settings(arguments.config)
     result = verify(settings)
     table = Table(
@@ -61,8 +62,7 @@ def main() -> int:
         if name.startswith("alerts_"):
             table.add_row(name.removeprefix("alerts_"), f"{count:,}")
     console.print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.json, asdict(result))
     return 0 if result.is_exact else 1
 
 
