@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaError, KafkaException
 
 from consumer.patience import NOT_COMMITTED, Patience, is_passing
 from model.errors import UserError
@@ -69,3 +69,28 @@ def test_a_signal_asks_for_a_stop_and_nothing_else(number):
         f"os.kill(os.getpid(), signal.{number.name})\ntime.sleep(0.5)\nassert one.stop_asked\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        KafkaError._TRANSPORT,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.LEADER_NOT_AVAILABLE,
+    ],
+)
+def test_what_brokers_say_after_a_restart_is_asked_again(code):
+    class Client:
+        def poll(self, _):
+            pass
+
+    answers = [KafkaException(KafkaError(code)), None]
+
+    def call():
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+        return "done"
+
+    assert Patience().ask(Client(), call) == "done"
