@@ -148,11 +148,18 @@ class Line:
         producer = Producer(
             {"bootstrap.servers": self.bootstrap, "linger.ms": 20, "enable.idempotence": True, "log_level": 0}
         )
+        refused = []
+
+        def delivered(error, _):
+            if error is not None:
+                refused.append(error)
+
         for key, value, *partition in messages:
             place = {"partition": partition[0]} if partition else {}
-            producer.produce(topic or self.settings.topics.events, value, key, **place)
+            producer.produce(topic or self.settings.topics.events, value, key, on_delivery=delivered, **place)
             producer.poll(0)
         assert producer.flush(30) == 0
+        assert not refused
 
     def read(self, topic):
         """Return all committed messages of a topic, partition by partition."""
