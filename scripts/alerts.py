@@ -116,7 +116,8 @@ class TopicReader:
     def __init__(self, settings: Settings, topic: str) -> None:
         self._topic = topic
         partitions = range(require_topic(settings, self._topic))
-        self._unread = set(partitions)
+        self._unread, self._unsettled = set(partitions), set(partitions)
+        self._held: dict[int, int] = {}  # by partition, where what brokers held ended when its end was first reached
         self._patience = Patience()
         self._consumer = client(
             Consumer,
@@ -135,8 +136,13 @@ class TopicReader:
 
     @property
     def at_end(self) -> bool:
-        """Whether all alerts that were there have been read."""
+        """Whether all messages that were there have been read."""
         return not self._unread
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether they have been, and those of transactions that were open then, too, if these were committed."""
+        return not self._unsettled
 
     def poll(self, seconds: float) -> Message | None:
         """Return the next message, None when none came within `seconds`.
@@ -155,7 +161,7 @@ class TopicReader:
         if trouble is None:
             return message
         if trouble.code() == AT_END:
-            self._unread.discard(message.partition())
+            self._take_end(message.partition(), message.offset())
         elif not trouble.retriable():
             raise UserError(f"{self._topic}: {trouble.str()}")
         return None
@@ -163,6 +169,14 @@ class TopicReader:
     def close(self) -> None:
         """Give back the connection."""
         self._consumer.close()
+
+    def _take_end(self, partition: int, offset: int) -> None:
+        self._unread.discard(partition)
+        if partition not in self._held:
+            place = TopicPartition(self._topic, partition)
+            self._held[partition] = self._consumer.get_watermark_offsets(place, cached=True)[1]
+        if offset >= self._held[partition]:  # else a transaction is open there, and another end is told when it is not
+            self._unsettled.discard(partition)
 
     def _notice(self, error: KafkaError) -> None:
         if error.code() != KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001 - comes with an error that says which and why
@@ -188,24 +202,26 @@ def watch(settings: Settings) -> None:
                 drawn = time.monotonic()
 
 
-def read_alerts(settings: Settings, *, follow: bool = False) -> Iterator[bytes]:
-    """Yield the committed alerts as published, those of a block in order; with `follow` never end.
+def read_alerts(settings: Settings, *, follow: bool = False, settled: bool = False) -> Iterator[bytes]:
+    """Yield the committed alerts as published, those of a block in order.
+
+    With `follow` never end. With `settled` wait for the end of transactions that are open, as after a kill.
 
     Raises:
         UserError: as `TopicReader`.
     """
-    for message in read_messages(settings, follow=follow):
+    for message in read_messages(settings, follow=follow, settled=settled):
         yield message.value()
 
 
-def read_messages(settings: Settings, *, follow: bool = False) -> Iterator[Message]:
+def read_messages(settings: Settings, *, follow: bool = False, settled: bool = False) -> Iterator[Message]:
     """Yield the messages of `read_alerts`.
 
     Raises:
         UserError: as `TopicReader`.
     """
     with closing(TopicReader(settings, settings.topics.alerts)) as reader:
-        while follow or not reader.at_end:
+        while follow or not (reader.is_settled if settled else reader.at_end):
             message = reader.poll(0.2)
             if message is not None:
                 yield message

@@ -98,7 +98,7 @@ def verify(settings: Settings) -> Comparison:
             f"{settings.topics.events}: none of its {events:,} messages is an event: nothing to verify; "
             f"see {settings.topics.dead_letters}, and events: in the settings"
         )
-    found = _compare(expected, read_alerts(settings), since, committed)
+    found = _compare(expected, read_alerts(settings, settled=True), since, committed)
     return replace(found, events=events, dead_letters=dead_letters)
 
 
@@ -135,7 +135,7 @@ def _in_force_since(settings: Settings, judge: bytes, committed: dict[int, int])
     since = dict.fromkeys(committed, 0)
     reader = TopicReader(settings, settings.topics.state)
     try:
-        while not reader.at_end:
+        while not reader.is_settled:
             message = reader.poll(0.2)
             if message is not None and message.key() == DRIFT and message.value() is not None:
                 state = DriftState.unpack(message.value())
