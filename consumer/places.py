@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from confluent_kafka import Consumer, TopicPartition
 
+from consumer.beginnings import Beginnings
 from consumer.clients import CALL_SECONDS, committed_offsets
 from consumer.patience import Patience
 from consumer.settings import Settings
@@ -40,7 +41,7 @@ class Places:
         self._consumer = consumer
         self._group = group
         self._patience = patience
-        self._chosen: dict[int, int] = {}
+        self._beginnings = Beginnings(settings.kafka)
 
     def starts(self, partitions: Sequence[int]) -> list["Place"]:
         """Return where to read on in each partition.
@@ -69,23 +70,14 @@ class Places:
             log.warning("%s: the topic was made anew: reading it from its beginning", where)
             return Place(number, low, chosen=True)
         if committed.offset < 0:
-            return Place(number, self._fresh_offset(number, low, high), chosen=True)
-        self._chosen.pop(number, None)
+            return Place(number, self._beginnings.choose(number, low, high), chosen=True)
+        self._beginnings.forget(number)
         if committed.offset < low:
             log.warning(
                 "%s: lines %d to %d were deleted before they were read; keep lines for longer than this process may "
                 "be away", where, committed.offset, low - 1,
             )  # fmt: skip
         return Place(number, max(committed.offset, low))
-
-    def _fresh_offset(self, partition: int, low: int, high: int) -> int:
-        if not self._kafka.begins_at_end:
-            return low
-        chosen = self._chosen.get(partition, high)
-        if not low <= chosen <= high:
-            chosen = high
-        self._chosen[partition] = chosen  # should the first commit fail, what came since then is still to be sent
-        return chosen
 
 
 def _bounds(asker: Consumer, topic: str, partition: int) -> tuple[int, int]:

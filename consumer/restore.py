@@ -14,6 +14,7 @@ import msgspec
 from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
+from consumer.beginnings import Beginnings
 from consumer.checkpoint import Recovered, Replay, recover
 from consumer.clients import CALL_SECONDS, client, committed_offsets
 from consumer.faultpoints import come_by
@@ -93,7 +94,7 @@ class Restorer:
         self._group = consumer
         self._patience = patience
         self._progress = progress
-        self._chosen: dict[int, int] = {}
+        self._beginnings = Beginnings(settings.kafka)
 
     def starts(self, partitions: Iterable[int], vocabulary: Vocabulary) -> Generator[Start]:
         """Yield where to begin with each input partition, its windows in the tokens of `vocabulary`.
@@ -130,9 +131,9 @@ class Restorer:
         if checkpoint is not None:
             self._require_own(checkpoint)
         if committed.offset >= 0:
-            self._chosen.pop(partition, None)
+            self._beginnings.forget(partition)
         if committed.offset < 0 or committed.offset > high:
-            begin = self._fresh_offset(partition, low, high)
+            begin = self._beginnings.choose(partition, low, high)
             if checkpoint is not None or committed.offset > high:
                 log.warning(
                     "%s: the group's offsets were reset or the topic was made anew: windows start empty, and what "
@@ -180,15 +181,6 @@ class Restorer:
                 f"topic {state} holds the windows of {checkpoint.topic}; "
                 f"give the windows of {events} a topic of their own: topics.state"
             )
-
-    def _fresh_offset(self, partition: int, low: int, high: int) -> int:
-        if not self._settings.kafka.begins_at_end:
-            return low
-        chosen = self._chosen.get(partition, high)
-        if not low <= chosen <= high:
-            chosen = high
-        self._chosen[partition] = chosen  # should the first commit fail, what came since then is still to be judged
-        return chosen
 
     def _reader(self) -> Consumer:
         return client(
