@@ -33,6 +33,11 @@ def set_up(form: LogFormat) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
+def printable(text: str) -> str:
+    """Return what anyone may have written so that no terminal takes it for more than text, and no log for a line."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def changed(settings: Settings) -> str:
     """Return the settings that are not the defaults, but for those of Kafka's clients, which may be secrets."""
     ours, defaults = (dict(_flat(one.model_dump(exclude={"kafka"}))) for one in (settings, Settings()))

@@ -27,7 +27,7 @@ from consumer.drift import MEANING
 from consumer.events import EventBatch, Messages
 from consumer.faultpoints import come_by
 from consumer.letters import KINDS, dead_letter, kind
-from consumer.logs import minute
+from consumer.logs import minute, printable
 from consumer.metrics import Metrics, PartitionStatus, Status
 from consumer.partition import Partition
 from consumer.patience import AT_END, Patience
@@ -342,8 +342,7 @@ class Service:
         now = time.monotonic()
         if now - self._warned.get(what, -math.inf) >= _REPORT_SECONDS:
             self._warned[what] = now
-            plain = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in trouble)
-            log.warning("%s/%d: %s", self._topic, number, plain)
+            log.warning("%s/%d: %s", self._topic, number, printable(trouble))
 
     def _reload(self) -> None:
         """Take a new model or threshold if there is one, once what is done is committed by the old pair.

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from consumer.alerts import Alert
 from consumer.clients import client
+from consumer.logs import printable
 from consumer.patience import AT_END, Patience
 from consumer.settings import Settings, load_settings
 from consumer.topics import require_topic
@@ -265,7 +266,7 @@ def columns(alert: Alert) -> tuple[Text, ...]:
 
 def _plain(text: str) -> Text:
     """Return text that the terminal takes for no more than text: names are written by anyone."""
-    return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))
+    return Text(printable(text))
 
 
 def _expected(names: Text) -> Text:
