@@ -27,8 +27,6 @@ from consumer.settings import Settings, milliseconds
 from consumer.text import AnyDecoder, decoder_for
 from model.scoring import Scorer
 
-"""A watermark before the first event."""
-
 _NEVER = 2**62
 
 
@@ -80,15 +78,15 @@ class Traffic:
         """Sessions that began in the range."""
         return len(self.scores) + self.still_open
 
-    def look_at(self, batch: EventBatch, refused: Sequence[Refused]) -> None:
-        """Note what messages were, whether they lie in the range or not."""
+    def look_at(self, times: NDArray[np.int64], refused: Sequence[Refused]) -> None:
+        """Note what messages were, whether they lie in the range or not: times (N,) of events, and what is none."""
         self.refused += len(refused)
         if refused and not self.why:
             self.why = refused[0].reason
-        times = batch.times[batch.tokens != TOMBSTONE].tolist()
-        if times:
-            self.earliest = min(*times, times[0] if self.earliest is None else self.earliest)
-            self.latest = max(*times, times[0] if self.latest is None else self.latest)
+        if len(times):
+            earliest, latest = int(times.min()), int(times.max())
+            self.earliest = earliest if self.earliest is None else min(self.earliest, earliest)
+            self.latest = latest if self.latest is None else max(self.latest, latest)
 
 
 class PartitionTraffic:
@@ -129,12 +127,12 @@ class PartitionTraffic:
     def take(self, messages: Messages) -> None:
         """Take in messages; those beyond the end of the range are left alone."""
         batch, refused = self._decoder.decode(messages)
-        self._traffic.look_at(batch, refused)
         self._traffic.read += len(messages.offsets)
         # Rows before each dead letter.
         dead = np.searchsorted(batch.offsets, messages.offsets[[letter.place for letter in refused]]).tolist()
         offsets = batch.offsets
         times = np.where(batch.tokens == TOMBSTONE, NO_WATERMARK, batch.times_after(self._watermark))
+        self._traffic.look_at(times[batch.tokens != TOMBSTONE], refused)
         watermarks = np.maximum(np.maximum.accumulate(times), self._watermark)  # (N,) ascending
         if self._warm_up is not None and len(events := watermarks[watermarks > NO_WATERMARK]):
             self._begin, self._warm_up = max(self._begin, int(events[0]) + self._warm_up + 1), None

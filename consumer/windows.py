@@ -125,10 +125,8 @@ class WindowStore:
     def are_open(self, names: Names) -> NDArray[np.bool_]:
         """Say of each block (N,) whether it is open."""
         slots = self._index.find(names)
-        is_open = slots != NONE
-        is_open[is_open] = (
-            self._sessions.rows["count"][slots[is_open]] > 0
-        )  # few are, in a partition that is not theirs
+        is_open = slots != NONE  # few are, in a partition that is not theirs
+        is_open[is_open] = self._sessions.rows["count"][slots[is_open]] > 0
         return is_open
 
     def unknown(self, slot: int) -> dict[int, str]:

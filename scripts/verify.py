@@ -7,7 +7,7 @@ threshold came into force were judged by others as well: their alerts are counte
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
@@ -98,12 +98,16 @@ def verify(settings: Settings) -> Comparison:
             f"{settings.topics.events}: none of its {events:,} messages is an event: nothing to verify; "
             f"see {settings.topics.dead_letters}, and events: in the settings"
         )
-    found = _compare(expected, read_alerts(settings, settled=True), since, committed)
-    return replace(found, events=events, dead_letters=dead_letters)
+    published = read_alerts(settings, settled=True)
+    return _compare(expected, published, since, committed, events=events, dead_letters=dead_letters)
 
 
 def _compare(
-    expected: dict[Key, bytes], published: Iterator[bytes], since: dict[int, int], committed: dict[int, int]
+    expected: dict[Key, bytes],
+    published: Iterator[bytes],
+    since: dict[int, int],
+    committed: dict[int, int],
+    **counted: int,
 ) -> Comparison:
     seen: Counter[Key] = Counter()
     different = extra = not_compared = 0
@@ -120,13 +124,13 @@ def _compare(
         elif expected[key] != value:
             different += 1
     return Comparison(
-        events=0,
         alerts_expected=len(expected),
         alerts_missing=len(expected.keys() - seen.keys()),
         alerts_duplicated=seen.total() - len(seen),
         alerts_different=different,
         alerts_extra=extra,
         alerts_not_compared=not_compared,
+        **counted,
     )
 
 
