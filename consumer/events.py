@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consumer.names import NameIndex, Names
-from consumer.parse import BLOCK, EVENT, NO_KEY, parse
+from consumer.parse import BLOCK, EVENT, parse
 from consumer.settings import EventSettings
 from model.stamps import LATEST
 from model.vocabulary import UNK
@@ -211,14 +211,11 @@ class Decoder:
 
     def decode(self, messages: Messages) -> tuple[EventBatch, list[Refused]]:
         """Return the events and tombstones among `messages`, and what else there was."""
-        values = Names.of([value or b"" for value in messages.values])
-        keys = Names.of([key or b"" for key in messages.keys])
-        if None in messages.keys:
-            keys.size[[place for place, key in enumerate(messages.keys) if key is None]] = NO_KEY
+        values, keys = Names.of(messages.values), Names.of(messages.keys)
         places, times = np.zeros((len(values), 2, 2), np.int64), np.zeros(len(values), np.int64)
         plain = parse(
             values.data, values.begin, values.size, keys.data, keys.begin, keys.size,
-            self._fields.data, np.cumsum(self._fields.size), places, times,
+            self._fields.data, self._fields.begin, self._fields.size, places, times,
         )  # fmt: skip
         plain &= ((places[:, :, 1] > 0) & (places[:, :, 1] <= MAX_ID_BYTES)).all(1)
         plain &= (times <= LATEST) & (times - messages.sent <= self._max_ahead)

@@ -10,13 +10,11 @@ each of them, which took half of the time.
 
 import numpy as np
 
+from consumer.names import NONE
 from model.jit import njit
 
 BLOCK, EVENT, TIME = range(3)
 """The fields, as columns of what is found."""
-
-NO_KEY = -1
-"""Size of the key of a message that has none."""
 
 _QUOTE, _BACKSLASH, _COMMA, _COLON, _DOT = 34, 92, 44, 58, 46
 _OPEN, _CLOSE, _ZERO, _NINE, _T, _Z, _DASH = 123, 125, 48, 57, 84, 90, 45
@@ -24,28 +22,26 @@ _DIGITS = 17  # a number of so many digits fits into 64 bits; no year before 999
 
 
 @njit(cache=True)
-def parse(data, begins, sizes, keys, key_begins, key_sizes, names, name_ends, places, times):
+def parse(data, begins, sizes, keys, key_begins, key_sizes, names, name_begins, name_sizes, places, times):
     """Read messages i = data[begins[i] : begins[i] + sizes[i]]; return which were plain: (N,) bool.
 
     Args:
-        keys, key_begins, key_sizes: the messages' keys in the same way; a size of -1: it has none. A plain message's
-            key is its block id.
-        names, name_ends: (3,) the fields' names side by side, and where each ends.
+        keys, key_begins, key_sizes: the messages' keys in the same way; of the size `NONE`: it has none. A plain
+            message's key is its block id.
+        names, name_begins, name_sizes: (3,) the fields' names in the same way.
         places: (N, 2, 2) written: begin and size, in `data`, of the texts of BLOCK and EVENT.
         times: (N,) written: milliseconds since 1970.
     """
     plain = np.zeros(len(begins), np.bool_)
     for i in range(len(begins)):
-        if _object(data, begins[i], begins[i] + sizes[i], names, name_ends, places, times, i):
+        if _object(data, begins[i], begins[i] + sizes[i], names, name_begins, name_sizes, places, times, i):
             begin, size = places[i, BLOCK]
-            plain[i] = key_sizes[i] == NO_KEY or (
-                key_sizes[i] == size and _same(keys, key_begins[i], data, begin, size)
-            )
+            plain[i] = key_sizes[i] == NONE or (key_sizes[i] == size and _same(keys, key_begins[i], data, begin, size))
     return plain
 
 
 @njit(cache=True)
-def _object(data, at, end, names, name_ends, places, times, i):
+def _object(data, at, end, names, name_begins, name_sizes, places, times, i):
     at = _blank(data, at, end)
     if at >= end or data[at] != _OPEN:
         return False
@@ -55,7 +51,7 @@ def _object(data, at, end, names, name_ends, places, times, i):
         stop = _text(data, at, end)
         if stop < 0:
             return False
-        field = _field(data, at + 1, stop, names, name_ends)
+        field = _field(data, at + 1, stop, names, name_begins, name_sizes)
         at = _blank(data, stop + 1, end)
         if at >= end or data[at] != _COLON:
             return False
@@ -113,13 +109,11 @@ def _text(data, at, end):
 
 
 @njit(cache=True)
-def _field(data, begin, end, names, name_ends):
-    first = 0
+def _field(data, begin, end, names, name_begins, name_sizes):
     for field in range(3):
-        size = name_ends[field] - first
-        if end - begin == size and _same(names, first, data, begin, size):
+        size = name_sizes[field]
+        if end - begin == size and _same(names, name_begins[field], data, begin, size):
             return field
-        first = name_ends[field]
     return -1
 
 

@@ -1,6 +1,7 @@
 """The index against a dictionary."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,25 @@ def test_an_index_is_a_dictionary(history):
         assert index.find(Names.of(gone)).tolist() == [NONE] * len(gone)
         assert index.find(Names.of(known)).tolist() == list(known.values())
         assert list(index.names(np.array(list(known.values()), np.int32))) == list(known)
+
+
+def back(found):
+    return [None if size == NONE else found[place] for place, size in enumerate(found.size.tolist())]
+
+
+sizes = st.sampled_from([0, 1, 31, 255, 256, 65_535, 65_536]) | st.integers(0, 70_000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(sizes.map(lambda size: b"\xc0" * size) | st.none(), max_size=20))
+def test_strings_of_any_size_lie_side_by_side(strings):
+    assert back(Names.of(strings)) == strings
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 65_535, 65_536])
+def test_any_number_of_strings_lies_side_by_side(count):
+    strings = [None if place % 7 == 5 else b"%d" % place for place in range(count)]
+    assert back(Names.of(strings)) == strings
 
 
 def test_names_that_come_and_go_leave_no_trace():
