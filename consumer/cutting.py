@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from confluent_kafka import Message
 
-from consumer.events import Undecodable
+from consumer.events import Undecodable, ended_block
 from consumer.settings import Settings, milliseconds
 from consumer.text import Row, TextDecoder, known_lines
 from model.bundle import Bundle
@@ -49,10 +49,10 @@ class Cutter:
     def cut(self, message: Message, before: int | None = None) -> Cut:
         """Return what is to be sent of a message; `before` is the time of the newest line before, in its partition."""
         source = f"{message.topic()}/{message.partition()}/{message.offset()}"
-        key, line = message.key(), message.value()
-        if line is None:
-            return Cut(source, letter=(message, "neither key nor value")) if key is None else Cut(source, over=key)
+        line = message.value()
         try:
+            if line is None:
+                return Cut(source, over=ended_block(message.key()))
             rows = self._decoder.rows(line, message.timestamp()[1], before)
         except Undecodable as reason:
             return Cut(source, letter=(message, str(reason)))

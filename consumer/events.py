@@ -255,7 +255,7 @@ class Decoder:
             Undecodable: it is neither event nor tombstone.
         """
         if value is None:
-            return _Event(_tombstone(key), TOMBSTONE, 0, None)
+            return _Event(ended_block(key), TOMBSTONE, 0, None)
         try:
             event: Any = self._parse(value)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

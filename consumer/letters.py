@@ -5,6 +5,7 @@ from confluent_kafka import Message
 from consumer.delivery import Headers
 
 _BYTES = 500_000
+_HEADER_BYTES = 10  # that a header takes beside its name and content, at most
 
 _KINDS = {
     "not an event": "not_an_event",
@@ -31,7 +32,7 @@ def kind(reason: str) -> str:
 def dead_letter(message: Message, reason: str) -> tuple[bytes | None, bytes | None, Headers]:
     """Return value, key and headers of the dead letter for a message, cut if it is larger than brokers may take."""
     headers: Headers = [
-        *(message.headers() or []),
+        *_headers(message),
         ("dead_letter.reason", reason.encode("utf-8", "replace")[:1000]),
         ("dead_letter.topic", message.topic().encode()),
         ("dead_letter.partition", str(message.partition()).encode()),
@@ -39,8 +40,16 @@ def dead_letter(message: Message, reason: str) -> tuple[bytes | None, bytes | No
         ("dead_letter.timestamp", str(message.timestamp()[1]).encode()),
     ]
     key, value = message.key(), message.value()
-    size = sum(len(part or b"") for part in (key, value, *(content for _, content in headers)))
+    size = len(key or b"") + len(value or b"")
+    size += sum(len(name.encode()) + len(content or b"") + _HEADER_BYTES for name, content in headers)
     if size > _BYTES:  # with its new headers it might be more than the brokers take; the source has it all
         headers = [*headers[-5:], ("dead_letter.cut_from_bytes", str(size).encode())]
         key, value = key and key[:1000], value and value[:_BYTES]
     return value, key, headers
+
+
+def _headers(message: Message) -> Headers:
+    try:
+        return message.headers() or []
+    except (SystemError, UnicodeDecodeError):  # so says the binding of names that are not UTF-8
+        return [("dead_letter.headers", b"unreadable: a name is not UTF-8")]

@@ -115,7 +115,7 @@ class Delivery:
         if self.refuse:
             self.refuse = False
             raise TransactionAborted("refused")
-        self.sent.append((topic, key and key.decode()))
+        self.sent.append((topic, key and key.decode(errors="replace")))
 
     def poll(self):
         pass
