@@ -265,8 +265,7 @@ class Decoder:
             raise Undecodable("the message key is not the block id")
         _check_id("block id", block)
         time = _milliseconds(event.timestamp)
-        if time - sent > self._max_ahead:
-            raise Undecodable("the timestamp is further ahead of the message's own than windows.max_ahead allows")
+        check_ahead(time, sent, self._max_ahead)
         token = self._tokens.get(event.event_id, UNK)
         if token != UNK:
             return _Event(block, token, time, None)
@@ -285,7 +284,26 @@ def _check_id(what: str, name: bytes) -> None:
         raise Undecodable(f"the {what} is longer than {MAX_ID_BYTES} bytes")
 
 
-def _tombstone(key: bytes | None) -> bytes:
+def check_ahead(time: int, sent: int, max_ahead: int) -> None:
+    """Compare an event's time with its message's timestamp, all in milliseconds.
+
+    Raises:
+        Undecodable: it is more than `max_ahead` later.
+    """
+    if time - sent > max_ahead:
+        raise Undecodable(
+            "the timestamp is further ahead of the message's own than windows.max_ahead allows"
+            if sent >= 0
+            else "the timestamp cannot be held against the message's own (windows.max_ahead): the message has none"
+        )
+
+
+def ended_block(key: bytes | None) -> bytes:
+    """Return the block that a message without a value ends, by its key.
+
+    Raises:
+        Undecodable: it is no block id.
+    """
     if key is None:
         raise Undecodable("neither key nor value")
     try:

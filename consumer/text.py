@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from consumer.events import MAX_ID_BYTES, TOMBSTONE, Decoder, EventBatch, Messages, Refused, Undecodable
+from consumer.events import (
+    MAX_ID_BYTES,
+    TOMBSTONE,
+    Decoder,
+    EventBatch,
+    Messages,
+    Refused,
+    Undecodable,
+    check_ahead,
+)
 from consumer.names import Names
 from consumer.settings import Settings, milliseconds
 from model.bundle import Bundle
@@ -123,8 +132,8 @@ class TextDecoder:
             if sent > LATEST:  # a shipper that counts microseconds: no alert could write such a year
                 raise Undecodable("the timestamp of the message, which is its line's, lies after the year 9999")
             time = sent if before is None else before
-        elif time - sent > self._max_ahead:
-            raise Undecodable("the timestamp is further ahead of the message's own than windows.max_ahead allows")
+        else:
+            check_ahead(time, sent, self._max_ahead)
         for block in blocks:
             if len(block) * 4 > MAX_ID_BYTES and len(block.encode()) > MAX_ID_BYTES:
                 raise Undecodable(f"the block id is longer than {MAX_ID_BYTES} bytes")

@@ -86,6 +86,12 @@ def test_field_names_are_configurable():
     assert decode(value, fields=fields).blocks == ["t"]
 
 
+def test_that_a_message_has_no_timestamp_to_hold_its_events_against_is_said():
+    decoder = Decoder(EventSettings(), {"E5": 9}, max_ahead=1000)
+    _, ((_, reason),) = decoder.decode(messages((None, encoded()), sent=-1))
+    assert re.search(r"the message has none", reason)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
