@@ -80,7 +80,7 @@ class Delivery(ABC):
                     topic, value, key, headers=headers, partition=partition, on_delivery=self._delivered
                 )
             except BufferError:
-                self._producer.poll(_PAUSE_SECONDS)
+                _pause(self._producer)
                 self._patience.check()
             else:
                 return
@@ -170,7 +170,7 @@ class ExactlyOnce(Delivery):
             except KafkaException as error:
                 if not is_passing(error.args[0]) or time.monotonic() > deadline:
                     raise UserError(f"kafka: transactions cannot be used: {with_remedy(error.args[0])}") from None
-                producer.poll(_PAUSE_SECONDS)
+                _pause(producer)
                 self._patience.retry(error.args[0])
             else:
                 return producer
@@ -220,7 +220,7 @@ class ExactlyOnce(Delivery):
                 if not error.args[0].retriable():
                     self._go_on_after(error.args[0])
                     return
-                self._producer.poll(_PAUSE_SECONDS)
+                _pause(self._producer)
                 self._patience.retry(error.args[0])
             else:
                 return
@@ -240,7 +240,7 @@ class ExactlyOnce(Delivery):
             except KafkaException as error:
                 if not error.args[0].retriable():
                     self._fail(error.args[0])
-                self._producer.poll(_PAUSE_SECONDS)
+                _pause(self._producer)
                 self._patience.retry(error.args[0])
             else:
                 if not returned:
@@ -266,7 +266,7 @@ class ExactlyOnce(Delivery):
 
     def _go_on_after(self, error: KafkaError) -> None:
         if error.code() not in _FENCED:
-            raise UserError(f"kafka: {error.str()}; the process cannot go on and has to be started again")
+            raise _at_its_end(error)
         self._replace(f"the producer was fenced ({error.str()})")
 
     def _replace(self, reason: str) -> None:
@@ -290,6 +290,13 @@ class AtLeastOnce(Delivery):
         except KafkaException as error:
             raise UserError(f"{topic}: {error.args[0].str()}") from None
 
+    def poll(self) -> None:
+        """Let delivery reports in, and with them news that the producer is at its end."""
+        try:
+            super().poll()
+        except KafkaException as error:
+            raise _at_its_end(error.args[0]) from None
+
     def commit(self, consumer: Consumer, offsets: Sequence[TopicPartition], records: Iterable[StateRecord]) -> None:
         """Wait for alerts, then for state records, then commit the offsets."""
         self._flush()
@@ -302,7 +309,7 @@ class AtLeastOnce(Delivery):
             except KafkaException as error:
                 if not is_passing(error.args[0]):
                     raise TransactionAborted(error.args[0].str()) from None
-                self._producer.poll(_PAUSE_SECONDS)
+                _pause(self._producer)
                 self._patience.retry(error.args[0])
             else:
                 self._patience.heard()
@@ -313,8 +320,11 @@ class AtLeastOnce(Delivery):
         """Do nothing: what was sent may have been seen, and will be sent again."""
 
     def _flush(self) -> None:
-        while self._producer.flush(_CALL_SECONDS):
-            self._patience.retry(KafkaError(KafkaError._TIMED_OUT, "alerts are not acknowledged yet"))  # noqa: SLF001
+        try:
+            while self._producer.flush(_CALL_SECONDS):
+                self._patience.retry(KafkaError(KafkaError._TIMED_OUT, "alerts are not acknowledged yet"))  # noqa: SLF001
+        except KafkaException as error:
+            raise _at_its_end(error.args[0]) from None
         if self._refused is not None:
             raise UserError(f"a message could not be delivered: {self._refused.str()}")
 
@@ -325,6 +335,16 @@ _KINDS: dict[str, type[Delivery]] = {"exactly_once": ExactlyOnce, "at_least_once
 def delivery_for(settings: Settings, patience: Patience) -> Delivery:
     """Return the delivery that `delivery:` asks for, ready to send."""
     return _KINDS[settings.delivery](settings, patience)
+
+
+def _at_its_end(error: KafkaError) -> UserError:
+    return UserError(f"kafka: {error.str()}; the process cannot go on and has to be started again")
+
+
+def _pause(producer: Producer) -> None:
+    """Wait a little, in which the client tells its troubles; if one of them ends it, its next call says so anew."""
+    with suppress(KafkaException):
+        producer.poll(_PAUSE_SECONDS)
 
 
 def _returned(call: Callable[[], None]) -> bool:
