@@ -87,7 +87,7 @@ class Assignment(Membership):
         offsets = [TopicPartition(self._topic, partition.number, partition.position) for partition in due]
         with self._metrics.commit_seconds.time():
             self._delivery.commit(self._consumer, offsets, _records(due, begin))
-        self._patience.uncommitted = 0
+        self._patience.committed()
         for partition in due:
             partition.committed()
 

@@ -51,7 +51,12 @@ _FENCED = {
 """The brokers have ended the transaction, or the producer's right to it, without being asked."""
 
 
-_REFUSED_FOR_GOOD = HOPELESS | {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_RECORD}
+_REFUSED_FOR_GOOD = HOPELESS | {
+    KafkaError.MSG_SIZE_TOO_LARGE,
+    KafkaError.INVALID_RECORD,
+    KafkaError.INVALID_TIMESTAMP,  # this machine's clock is wrong
+    KafkaError.POLICY_VIOLATION,
+}
 """The same message would be refused again, and with it the transaction."""
 
 
@@ -260,7 +265,8 @@ class ExactlyOnce(Delivery):
         for cause in filter(None, (refused, error)):
             if cause.code() in _REFUSED_FOR_GOOD:
                 raise UserError(
-                    f"kafka: a message is refused: {cause.str()}; see to the user's rights and to max.message.bytes"
+                    f"kafka: a message is refused: {cause.str()}; see to the user's rights, to max.message.bytes and "
+                    "to this machine's clock"
                 )
         raise TransactionAborted(error.str())
 

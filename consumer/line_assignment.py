@@ -95,7 +95,7 @@ class LineAssignment(Membership):
         with self._metrics.commit_seconds.time():
             self._delivery.commit(self._consumer, offsets, ())
         self._committed |= sent
-        self._patience.uncommitted = 0
+        self._patience.committed()
 
     def recover(self) -> None:
         """Go back to what is committed, in all partitions.

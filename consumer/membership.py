@@ -84,7 +84,7 @@ class Membership(ABC):
         """
         self._delivery.abort()  # whatever it still holds will be done and sent again
         self.recovery_due = False
-        self._patience.uncommitted = 0
+        self._patience.begin_anew()
         for where in self._begin(self._owned()):
             self._go_to(where)
 

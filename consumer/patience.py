@@ -28,6 +28,7 @@ NOT_COMMITTED = 3
 """Exit status of a stop that left events to be done again."""
 
 _SAY_SECONDS = 30.0
+_LEAST_SECONDS, _MOST_SECONDS = 0.1, 10.0  # between two tries that come to nothing
 _SILENCE_SECONDS = 7.0  # a container is killed ten seconds after it was asked to stop
 
 HOPELESS = {
@@ -105,6 +106,7 @@ class Patience:
         self._stop = Event()
         self._heard = 0.0
         self._said: dict[int, float] = {}
+        self._in_vain = 0
         self._hopeless: str | None = None
 
     @property
@@ -115,6 +117,17 @@ class Patience:
     def call_while_waiting(self, beat: Callable[[], None]) -> None:
         """Have `beat` called again and again: a process that waits for brokers is alive."""
         self._beat = beat
+
+    def committed(self) -> None:
+        """Note that all that was read is committed."""
+        self.uncommitted = self._in_vain = 0
+
+    def begin_anew(self) -> None:
+        """Go back to what is committed, at once, or the later the more often that came to nothing."""
+        self.uncommitted = 0
+        if self._in_vain:
+            self._stop.wait(min(_MOST_SECONDS, _LEAST_SECONDS * 2**self._in_vain))
+        self._in_vain += 1
 
     def heard(self) -> None:
         """Note that the brokers do what they are asked."""

@@ -41,6 +41,20 @@ def test_a_stop_ends_once_brokers_are_silent_even_in_a_call_that_does_not_return
     assert time.monotonic() - began >= 0.2 * answers + 0.5
 
 
+def test_what_comes_to_nothing_again_and_again_is_tried_less_and_less_often_until_a_commit():
+    patience, waited = Patience(), []
+    for _ in range(4):
+        began = time.monotonic()
+        patience.begin_anew()
+        waited.append(time.monotonic() - began)
+    assert waited[0] < 0.1
+    assert waited[3] > waited[2] > waited[1] >= 0.2
+    patience.committed()
+    began = time.monotonic()
+    patience.begin_anew()
+    assert time.monotonic() - began < 0.1
+
+
 def test_trouble_is_said_once_in_a_while_for_each_kind(caplog):
     patience = Patience()
     with caplog.at_level(logging.WARNING, "consumer"):
