@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import groupby
@@ -289,20 +289,12 @@ class Service:
         return batch, [(messages[done + place], reason) for place, reason in refused if done + place < end], flood
 
     def _close_ahead_of(self, number: int, moment: int) -> None:
-        """Close some of the sessions that the next message ends, with a commit of their own; read on at that message.
-
-        All in one transaction might take longer than it may last, again and again.
-        """
-        partition = self._assignment.partitions[number]
+        """Close some of the sessions that the next message ends; read on at that message."""
         log.info(
             "%s/%d: the log goes on after a pause that ends more than %s open blocks: closing so many first",
             self._topic, number, f"{PER_COMMIT:,}",
         )  # fmt: skip
-        self._assignment.commit()  # what was sent before: to judge takes long, and the time of its transaction runs
-        self._publish(self._detector.close_ending(number, moment, PER_COMMIT))
-        self._say_alarms()
-        partition.closed_some()
-        self._assignment.commit()
+        self._close(number, partial(self._detector.close_ending, number, moment, PER_COMMIT))
         self._assignment.read_on(number)
 
     def _look_for_crossings(self, numbers: Iterable[int]) -> None:
@@ -318,9 +310,19 @@ class Service:
         self._ends.ask([number for number, known in partitions.items() if known.is_doubtful], time.monotonic())
         for number, partition in partitions.items():
             if partition.is_silent:
-                self._publish(self._detector.close(number, PER_COMMIT))
-                self._say_alarms()
-                partition.closed_some()
+                self._close(number, partial(self._detector.close, number, PER_COMMIT))
+
+    def _close(self, number: int, judge: Callable[[], Sequence[Alert]]) -> None:
+        """Close some sessions of a partition, with a commit of their own.
+
+        More with one commit might take longer than its transaction may last, again and again. And to judge takes long:
+        meanwhile none is open, whose time would run.
+        """
+        self._assignment.commit()
+        self._publish(judge())
+        self._say_alarms()
+        self._assignment.partitions[number].closed_some()
+        self._assignment.commit()
 
     def _publish(self, alerts: Sequence[Alert]) -> None:
         self._board.post(alerts)

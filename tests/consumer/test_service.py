@@ -466,6 +466,31 @@ def test_blocks_of_a_silent_partition_are_closed_only_where_brokers_say_that_not
     assert delivery.alerted == ([b"x"] if trouble is None else [])
 
 
+def test_each_silent_partition_is_judged_while_no_transaction_is_open_and_committed_by_itself(
+    play, member, brokers, clock, delivery, monkeypatch
+):
+    """All in one might take longer than it may last; and each attempt to do it again begins with another silence."""
+    brokers.ends = {0: 1, 1: 1, 2: 1}
+    pending, close = [], Detector.close
+
+    def watched(self, *arguments):
+        pending.append(len(delivery.pending))
+        return close(self, *arguments)
+
+    monkeypatch.setattr(Detector, "close", watched)
+
+    def begin():
+        member.rebalance("assign", 0, 1, 2)
+        return [Message(number, 0, f"x{number}", "a") for number in range(3)]
+
+    def quiet():
+        clock.sleep(60)
+
+    play(begin, *[quiet] * 70, windows=WindowSettings(idle_timeout=timedelta(hours=1)))
+    assert pending == [0, 0, 0]
+    assert [sent for _, sent, _ in delivery.commits if sent] == [[b"x0"], [b"x1"], [b"x2"]]
+
+
 def test_where_a_topic_ends_is_told_by_the_client_and_is_no_message(play, member, brokers, clock, delivery):
     """In a topic of transactions the end lies behind the last message."""
     brokers.ends = {0: 2}
