@@ -168,8 +168,9 @@ class Assignment(Membership):
             self._partitions.pop(number, None)
 
 
-def _records(due: Iterable[Partition], begin: Container[int]) -> Iterator[StateRecord]:
+def _records(due: Sequence[Partition], begin: Container[int]) -> Iterator[StateRecord]:
+    sharers = sum(partition.has_records or partition.number in begin for partition in due)
     for partition in due:
-        yield from partition.records(begin=partition.number in begin)
+        yield from partition.records(begin=partition.number in begin, sharers=max(1, sharers))
     if begin:
         come_by("checkpoint")

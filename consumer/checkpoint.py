@@ -38,7 +38,7 @@ Record = tuple[bytes, bytes | None]
 """Key and value of a state record; None deletes it."""
 
 PER_COMMIT = 20_000
-"""Sessions that a checkpoint writes with one commit at most, so that no commit takes long."""
+"""Sessions that checkpoints write, and records that they delete, with one commit at most, so that none takes long."""
 
 
 @dataclass
@@ -136,20 +136,22 @@ class Checkpointer:
         """Whether a checkpoint has begun that is not whole yet."""
         return self._next is not None
 
-    def records(self, position: int, *, begin: bool = False) -> Iterator[Record]:
+    def records(self, position: int, *, begin: bool = False, sharers: int = 1) -> Iterator[Record]:
         """Yield the records that belong to the commit of the input offset `position`.
 
         Args:
             position: the next offset to be read.
             begin: a checkpoint is due; one that is under way goes on instead.
+            sharers: partitions, this one among them, that have to do with one commit.
         """
+        at_most = max(1, PER_COMMIT // sharers)
         if self._first is not None:  # so that a missing checkpoint always means that the state was lost
             yield CHECKPOINT, self._first.pack()
             self._first = None
         drift = self._detector.take_drift(self._partition)
         if drift is not None:
             yield DRIFT, drift.pack()
-        yield from self._departures()
+        yield from self._departures(at_most)
         urgent = self._store.take_urgent() | self._detector.take_alerted(self._partition)
         yield from self._sessions(np.array([slot for slot in sorted(urgent) if self._store.is_open(slot)], np.int32))
         if begin and not self.is_under_way:
@@ -161,7 +163,7 @@ class Checkpointer:
             self._gone_before = len(self._gone)
             self._next = self._checkpoint(position, watermark)
         if self._next is not None:
-            some, self._pending = self._pending[:PER_COMMIT], self._pending[PER_COMMIT:]
+            some, self._pending = self._pending[:at_most], self._pending[at_most:]
             yield from self._sessions(some[self._store.are_unsaved(some)])
             if not len(self._pending) and not self._gone_before:
                 yield CHECKPOINT, self._next.pack()
@@ -183,7 +185,7 @@ class Checkpointer:
                 yield BLOCK + name, record
             self._store.mark_saved(some)
 
-    def _departures(self) -> Iterator[Record]:
+    def _departures(self, at_most: int) -> Iterator[Record]:
         """Delete the records of blocks that closed, some at each commit; until then a successor closes them again.
 
         That it can, as long as it reads their last events and what closed them again: so a checkpoint waits for the
@@ -196,7 +198,7 @@ class Checkpointer:
                 yield BLOCK + departed.name, closed_marker(departed.marker).pack(self._vocabulary_id)
             elif self._markers.pop(departed.name, None) is not None or departed.saved:
                 self._gone[departed.name] = None
-        for name in list(islice(self._gone, PER_COMMIT)):
+        for name in list(islice(self._gone, at_most)):
             del self._gone[name]
             self._gone_before = max(0, self._gone_before - 1)
             yield BLOCK + name, None

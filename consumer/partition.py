@@ -64,9 +64,14 @@ class Partition:
         return max(self.position, self._end)
 
     @property
+    def has_records(self) -> bool:
+        """Whether records wait for the next commit."""
+        return self._checkpointer.is_unfinished
+
+    @property
     def is_due(self) -> bool:
         """Whether there is something for the next commit."""
-        return self.touched or self._checkpointer.is_unfinished
+        return self.touched or self.has_records
 
     @property
     def in_checkpoint(self) -> bool:
@@ -126,11 +131,11 @@ class Partition:
         if not self._store.open_blocks:
             self._silence.begin(time.monotonic())
 
-    def records(self, *, begin: bool) -> Iterator[StateRecord]:
+    def records(self, *, begin: bool, sharers: int = 1) -> Iterator[StateRecord]:
         """Yield what belongs on the state topic with a commit of `position`; see `Checkpointer.records`."""
         for key in self._leftovers:
             yield self.number, key, None
-        for key, value in self._checkpointer.records(self.position, begin=begin):
+        for key, value in self._checkpointer.records(self.position, begin=begin, sharers=sharers):
             yield self.number, key, value
 
     def committed(self) -> None:
