@@ -171,7 +171,7 @@ class Checkpointer:
                 self._next = None
 
     def _checkpoint(self, offset: int, watermark: int) -> Checkpoint:
-        return Checkpoint(offset, watermark, self._group, topic=self._topic)
+        return Checkpoint(offset, watermark, self._group, topic=self._topic, bounds=self._store.bounds)
 
     def _sessions(self, slots: NDArray[np.int32]) -> Iterator[Record]:
         for begin in range(0, len(slots), PER_COMMIT):

@@ -24,7 +24,7 @@ from consumer.alerts import (
 from consumer.drift import EDGES, Drift, DriftTest, draws, judge_id, levels
 from consumer.events import EventBatch
 from consumer.looks import LookRoom, Looks
-from consumer.records import DriftState, StoredSessions
+from consumer.records import Bounds, DriftState, StoredSessions
 from consumer.scores import LookScores
 from consumer.settings import DriftSettings
 from consumer.threshold import Threshold
@@ -130,6 +130,7 @@ class Detector:
         *,
         drift: DriftState | None = None,
         since: int = 0,
+        bounds: Bounds | None = None,
     ) -> None:
         """Start to watch a partition, with the open sessions that were stored for it; see `WindowStore.restore`.
 
@@ -144,7 +145,7 @@ class Detector:
             limit=self._max_open_blocks,
             room=self._room,
         )
-        special = {} if sessions is None else store.restore(sessions, watermark, start)
+        special = {} if sessions is None else store.restore(sessions, watermark, start, bounds)
         alerted = {
             slot: Alerted(state.revision, state.score, state.position)
             for slot, state in special.items()
@@ -187,7 +188,7 @@ class Detector:
     def replay(self, partition: int, batch: EventBatch) -> None:
         """Take in events whose alerts have been published, and whose drift has been seen, before."""
         watched = self._partitions[partition]
-        for looks in watched.store.apply(batch):
+        for looks in watched.store.apply(batch, again=True):
             if self._watches_drift:  # an open session's level is wanted when it closes
                 watched.store.rise(looks, levels(self._scores.of(looks)))
             for slot in looks.facts["slot"][looks.facts["closing"]].tolist():

@@ -39,6 +39,7 @@ class Partition:
                 start.offset,
                 drift=recovered.drift,
                 since=start.replay.until,
+                bounds=recovered.checkpoint.bounds if recovered.checkpoint else None,
             )
         self.number = number
         self.position = start.offset

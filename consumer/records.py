@@ -270,10 +270,23 @@ def _heads(records: Names) -> NDArray[np.void]:
     return heads
 
 
+class Bounds(NamedTuple):
+    """What ends sessions, beside tombstones.
+
+    Attributes:
+        idle_timeout: milliseconds of event time after which a silent session closes.
+        limit: open sessions at most; a further one closes the longest silent of them.
+    """
+
+    idle_timeout: int
+    limit: int
+
+
 class Checkpoint(msgspec.Struct, frozen=True):
     """Every open session with an event before `offset` has a record. `watermark` is the one at `offset`.
 
-    `group` and `topic` are the consumer group and the event topic; earlier versions noted no topic.
+    `group` and `topic` are the consumer group and the event topic, `bounds` what ended sessions then; earlier versions
+    noted neither topic nor bounds.
     """
 
     offset: int
@@ -281,6 +294,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     group: str
     version: int = VERSION
     topic: str = ""
+    bounds: Bounds | None = None
 
     def pack(self) -> bytes:
         """Return the record."""

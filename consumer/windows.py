@@ -39,7 +39,7 @@ from consumer.kernel import (
 from consumer.looks import LookRoom, Looks
 from consumer.names import NONE, NameIndex, Names, grown
 from consumer.packing import read_windows, write_windows
-from consumer.records import EVENT_BYTES, HEAD, VERSION, SessionState, StoredSessions
+from consumer.records import EVENT_BYTES, HEAD, VERSION, Bounds, SessionState, StoredSessions
 
 STORED = ("count", "seen", "first_offset", "first_time", "last_offset", "last_time", "level")
 """What sessions and their records both have."""
@@ -80,10 +80,9 @@ class WindowStore:
     def __init__(
         self, *, window: int, every: int, idle_timeout: int, limit: int = 2**31 - 1, room: LookRoom | None = None
     ) -> None:
-        self._limit = limit
+        self.bounds = self._bounds_before = Bounds(idle_timeout, limit)
         self._window = window
         self._every = every
-        self._idle = idle_timeout
         self._index = NameIndex()
         self._unknown: dict[int, tuple[array[int], tuple[str, ...]]] = {}  # by slot: offsets, and an event id for each
         self._shared: dict[str, str] = {}
@@ -133,10 +132,11 @@ class WindowStore:
         """Return the event ids, by offset, of the UNK tokens in a slot's window."""
         return dict(zip(*self._unknown.get(slot, ((), ())), strict=True))
 
-    def apply(self, batch: EventBatch) -> Iterator[Looks]:
+    def apply(self, batch: EventBatch, *, again: bool = False) -> Iterator[Looks]:
         """Take in the events of `batch` and yield all looks that fall due.
 
-        The iterator must be exhausted: the events are taken in while it runs.
+        The iterator must be exhausted: the events are taken in while it runs. Those that a predecessor has taken in
+        before come `again`: its bounds end sessions, or else today's might end some which it has not.
         """
         slots = self._index.locate(batch.names, batch.tokens >= 0)
         self._make_room(len(slots))
@@ -147,7 +147,8 @@ class WindowStore:
         for slot, names in unknown.items():
             self._know(slot, names)
         times = batch.times_after(int(self._sessions.clock[0]))
-        yield from self._run(slots, batch.tokens, times, batch.offsets)
+        bounds = self._bounds_before if again else self.bounds
+        yield from self._run(slots, batch.tokens, times, batch.offsets, bounds)
         rows = self._sessions.rows
         begun = (rows["count"][slots] > 0) & (rows["first_offset"][slots] == batch.offsets)
         self.opened = batch.names.take((slots != NONE) & begun)
@@ -171,7 +172,7 @@ class WindowStore:
         if len(ending) <= at_most:
             return None
         latest = int(self._sessions.rows["seen"][ending].max())  # the last one's, as a rule
-        return int(np.searchsorted(times, latest + self._idle, side="right"))
+        return int(np.searchsorted(times, latest + self.bounds.idle_timeout, side="right"))
 
     def close_ending(self, time: int, at_most: int) -> Iterator[Looks]:
         """Close so many of the sessions that end once the watermark is at `time`, and yield their last looks.
@@ -228,14 +229,17 @@ class WindowStore:
             for begin, end, fit in zip(begins.tolist(), ends.tolist(), fits.tolist(), strict=True)
         ]
 
-    def restore(self, stored: StoredSessions, watermark: int | None, start: int) -> dict[int, SessionState]:
+    def restore(
+        self, stored: StoredSessions, watermark: int | None, start: int, bounds: Bounds | None = None
+    ) -> dict[int, SessionState]:
         """Take in stored sessions, into an empty store; return, by slot, those that are out of the ordinary.
 
         These have alerted, or know events that the vocabulary does not. `start` is the offset from which events will
         be read again, and `watermark` the one there. What a session includes is not taken in twice. One whose last
         event lies beyond `start` is not in the list of those that can expire until that event comes by. Nor is taken
-        in what the markers cover. Both last until `end_replay`.
+        in what the markers cover. Both last until `end_replay`. `bounds` are those of the predecessor, if known.
         """
+        self._bounds_before = bounds or self.bounds
         if watermark is not None:
             self._sessions.clock[0] = watermark
         count = len(stored.names)
@@ -324,11 +328,11 @@ class WindowStore:
 
     def _close(self, slots: NDArray[np.int32]) -> Iterator[Looks]:
         tombstones, nothing = np.full(len(slots), TOMBSTONE, np.int32), np.zeros(len(slots), np.int64)
-        return self._run(slots, tombstones, nothing, nothing + _AFTER_ALL, by_clock=True)
+        return self._run(slots, tombstones, nothing, nothing + _AFTER_ALL, self.bounds, by_clock=True)
 
     def _expiring(self, time: int, at_most: int) -> NDArray[np.int32]:
         slots = np.empty(at_most, np.int32)
-        return slots[: expiring(self._sessions.rows, self._sessions.roster, self._idle, time, slots)]
+        return slots[: expiring(self._sessions.rows, self._sessions.roster, self.bounds.idle_timeout, time, slots)]
 
     def _run(
         self,
@@ -336,6 +340,7 @@ class WindowStore:
         tokens: NDArray[np.int32],
         times: NDArray[np.int64],
         offsets: NDArray[np.int64],
+        bounds: Bounds,
         *,
         by_clock: bool = False,
     ) -> Iterator[Looks]:
@@ -345,7 +350,7 @@ class WindowStore:
             columns = Columns(looks.facts, looks.rows, looks.offsets, looks.times, _SEED)
             while done < len(slots):
                 done, filled = advance(
-                    self._sessions, self._window, self._every, self._idle, self._limit,
+                    self._sessions, self._window, self._every, bounds.idle_timeout, bounds.limit,
                     slots, tokens, times, offsets, done, columns,
                 )  # fmt: skip
                 if filled:

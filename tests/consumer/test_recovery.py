@@ -12,7 +12,16 @@ from consumer import checkpoint
 from consumer.checkpoint import Checkpointer, recover
 from consumer.detector import Detector
 from consumer.events import TOMBSTONE, EventBatch
-from consumer.records import BLOCK, DRIFT, Checkpoint, DamagedRecordError, DriftState, SessionState, closed_marker
+from consumer.records import (
+    BLOCK,
+    DRIFT,
+    Bounds,
+    Checkpoint,
+    DamagedRecordError,
+    DriftState,
+    SessionState,
+    closed_marker,
+)
 from consumer.settings import DriftSettings
 from model.vocabulary import UNK, Vocabulary
 
@@ -46,7 +55,13 @@ class Machine:
         )
         start, watermark = (found.checkpoint.offset, found.checkpoint.watermark) if found.checkpoint else (0, None)
         self.detector.assign(
-            PARTITION, found.sessions, watermark, start, drift=found.drift, since=max(self.committed, start)
+            PARTITION,
+            found.sessions,
+            watermark,
+            start,
+            drift=found.drift,
+            since=max(self.committed, start),
+            bounds=found.checkpoint.bounds if found.checkpoint else None,
         )
         for offset in range(start, self.committed):  # one by one: cuts must not matter here either
             self.detector.replay(PARTITION, batch_of(vocabulary, self.events, offset, offset + 1))
@@ -200,7 +215,9 @@ def test_after_a_handover_nothing_is_replayed(scorer, make_threshold):
     machine = Machine(scorer, make_threshold(0.5), [("X", "a", 0), ("Y", "a", 1), ("X", "b", 2)], 100)
     machine.read(3)
     machine.hand_over()
-    assert recover(machine.topic, scorer.bundle.vocabulary).checkpoint == Checkpoint(3, 2, GROUP, topic=TOPIC)
+    assert recover(machine.topic, scorer.bundle.vocabulary).checkpoint == Checkpoint(
+        3, 2, GROUP, topic=TOPIC, bounds=Bounds(1000, 100)
+    )
 
 
 def test_a_handover_writes_no_more_with_one_commit_than_any_other(scorer, make_threshold, monkeypatch):
@@ -225,6 +242,26 @@ def test_a_handover_writes_no_more_with_one_commit_than_any_other(scorer, make_t
     found = recover(machine.topic, scorer.bundle.vocabulary)
     assert found.checkpoint.offset == 15
     assert sorted(found.sessions.states()) == [f"b{number}" for number in range(5, 10)]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("stricter", [{"idle": 100}, {"limit": 1}], ids=["idle timeout", "max_open_blocks"])
+def test_bounds_that_are_narrower_after_a_crash_close_nothing_in_silence(scorer, make_threshold, killed, stricter):
+    """What a predecessor left open is open at the end of the replay; then today's bounds close it, and say so."""
+    events = [("X", "a", 0), ("Y", "a", 1), ("Z", "a", 300), ("W", "a", 600), ("W", None, 600)]
+    machine = Machine(scorer, make_threshold(0.0, idle_timeout_ms=1000, every=100), events, 100)
+    machine.read(3)
+    machine.commit()
+    if not killed:
+        machine.hand_over()
+    machine.threshold = make_threshold(0.0, idle_timeout_ms=stricter.get("idle", 1000), every=100)
+    machine.limit = stricter.get("limit", 100)
+    machine.boot()
+    assert machine.detector.open_blocks == 3
+    machine.read(2)
+    machine.commit()
+    closed = {json.loads(alert)["block_id"] for alert in machine.published}
+    assert closed == ({"X", "Y", "Z", "W"} if "idle" in stricter else {"X", "W"})
 
 
 def test_closed_sessions_leave_no_records(scorer, make_threshold):
