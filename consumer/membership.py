@@ -89,6 +89,15 @@ class Membership(ABC):
             self._go_to(where)
 
     @abstractmethod
+    def commit(self) -> None:
+        """Make durable what is done.
+
+        Raises:
+            TransactionAborted: nothing was made durable.
+            UserError: Kafka refuses for good.
+        """
+
+    @abstractmethod
     def _owned(self) -> Sequence[int]:
         """Return the partitions that are assigned."""
 
@@ -120,6 +129,7 @@ class Membership(ABC):
 
     def _on_assign(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         try:
+            self._commit_first()
             consumer.incremental_assign(list(self._begin([assigned.partition for assigned in partitions])))
         except UserError as error:
             self._failure = str(error)
@@ -127,6 +137,15 @@ class Membership(ABC):
         self.joined = True
         come_by("rebalance")
         log.info("assigned partitions %s", listed(partitions))
+
+    def _commit_first(self) -> None:
+        """Commit before partitions are taken over: that may last until the transactions of others have timed out."""
+        try:
+            if not self._failure and not self.recovery_due:
+                self.commit()
+        except TransactionAborted as reason:
+            log.warning("transaction aborted (%s): recovering", reason)
+            self.recovery_due = True
 
     def _on_revoke(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> None:
         numbers = self._known(partitions)

@@ -393,6 +393,47 @@ def test_a_checkpoint_that_takes_several_commits_is_finished_though_nothing_more
     play(begin, quiet, quiet, quiet, quiet, stop)
 
 
+def test_partitions_share_what_checkpoints_may_write_with_one_commit(play, delivery, member, clock, monkeypatch):
+    """Else a process that is left alone with many has transactions that outlast their time, again and again."""
+    monkeypatch.setattr("consumer.checkpoint.PER_COMMIT", 4)
+
+    def begin():
+        member.rebalance("assign", 0, 1)
+        clock.sleep(31)  # a checkpoint is due
+        return [Message(partition, offset, f"{partition}{offset}", "a") for partition in (0, 1) for offset in range(5)]
+
+    def quiet():
+        clock.sleep(0.4)
+
+    def stop():
+        written = [blocks for _, _, blocks in delivery.commits]
+        assert written == [["00", "01", "10", "11"], ["02", "03", "12", "13"], ["04", "14"]]
+
+    play(begin, quiet, quiet, quiet, quiet, stop)
+
+
+def test_what_is_done_is_committed_before_another_partition_is_taken_over(play, delivery, member, restorer):
+    """That may last until a dead member's transaction has timed out, and so would this one's."""
+    starts, committed = restorer.starts, []
+
+    def watched(partitions, vocabulary):
+        committed.append((list(partitions), dict(delivery.committed), len(delivery.pending)))
+        return starts(partitions, vocabulary)
+
+    restorer.starts = watched
+
+    def begin():
+        member.rebalance("assign", 0)
+        return [Message(0, 0, "x")]
+
+    def more():
+        assert delivery.pending
+        member.rebalance("assign", 1)
+
+    play(begin, more)
+    assert committed == [([0], {}, 0), ([1], {0: 1}, 0)]
+
+
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_event_that_ends_many_sessions_waits_until_they_are_closed_commit_by_commit(
