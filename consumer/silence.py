@@ -69,7 +69,7 @@ class Ends:
             if number not in self._asked:
                 (future,) = self._admin.list_offsets(
                     {TopicPartition(self._topic, number): OffsetSpec.latest()},
-                    isolation_level=IsolationLevel.READ_COMMITTED,
+                    isolation_level=IsolationLevel.READ_UNCOMMITTED,  # what waits for its transaction is there, too
                     request_timeout=CALL_SECONDS,
                 ).values()
                 self._asked[number] = now, future
