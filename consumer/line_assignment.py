@@ -91,7 +91,7 @@ class LineAssignment(Membership):
         sent = {number: offset for number, offset in sent.items() if offset != self._committed[number]}
         if not sent:
             return
-        offsets = [TopicPartition(self._topic, number, offset) for number, offset in sent.items()]
+        offsets = [TopicPartition(self._topic, number, offset, self._note(number)) for number, offset in sent.items()]
         with self._metrics.commit_seconds.time():
             self._delivery.commit(self._consumer, offsets, ())
         self._committed |= sent
@@ -106,13 +106,18 @@ class LineAssignment(Membership):
         self._reading.forget(self._owned())
         super().recover()
 
+    def _note(self, number: int) -> str:
+        """Return what goes with a committed offset: a successor's first line may tell no time."""
+        latest = self._merge.latest_sent(number)
+        return "" if latest is None else str(latest)
+
     def _owned(self) -> Sequence[int]:
         return list(self._committed)
 
     def _begin(self, numbers: Sequence[int]) -> Iterable[TopicPartition]:
         starts = self._places.starts(numbers)
         for start in starts:
-            self._merge.assign(start.partition, start.offset)
+            self._merge.assign(start.partition, start.offset, start.latest)
             self._committed[start.partition] = OFFSET_INVALID if start.chosen else start.offset
         return [TopicPartition(self._topic, start.partition, start.offset) for start in starts]
 

@@ -44,9 +44,11 @@ class _Partition(Generic[T]):
         heard: whether a line came since it was assigned: what was known of its end before may be outdated.
         end: where it ended at the turn `lap`, once that is known.
         reached: turn up to which all that it held has been sent.
+        sent_time: of the last line that was sent.
     """
 
     read: int
+    sent_time: float = -math.inf
     lines: deque[_Line[T]] = field(default_factory=deque)
     size: int = 0
     age: tuple[float, int] = (-math.inf, -1)  # of the last line read
@@ -90,10 +92,11 @@ class Merge(Generic[T]):
         """Those that are not read on, as `balance` had it."""
         return [number for number, known in self._partitions.items() if known.paused]
 
-    def assign(self, partition: int, offset: int) -> None:
-        """Begin with a partition, anew if it is known already, at an offset."""
+    def assign(self, partition: int, offset: int, latest: int | None = None) -> None:
+        """Begin with a partition, anew if it is known already, at an offset; `latest`: the newest time before it."""
         self.drop(partition)
-        self._partitions[partition] = _Partition(offset)
+        time = -math.inf if latest is None else latest
+        self._partitions[partition] = _Partition(offset, time, age=(time, -1))
 
     def drop(self, partition: int) -> None:
         """Forget a partition and what is pending of it."""
@@ -121,8 +124,11 @@ class Merge(Generic[T]):
 
     def latest(self, partition: int) -> int | None:
         """Return the time of the newest line of a partition so far, None if none told any."""
-        time = self._partitions[partition].age[0]
-        return None if time == -math.inf else int(time)
+        return _told(self._partitions[partition].age[0])
+
+    def latest_sent(self, partition: int) -> int | None:
+        """Return the time of the newest line of a partition that has been released, None if none told any."""
+        return _told(self._partitions[partition].sent_time)
 
     def add(self, partition: int, offset: int, time: int | None, sent: int, size: int, content: T) -> None:
         """Take in the next line of a partition.
@@ -215,8 +221,13 @@ class Merge(Generic[T]):
     def _pop(self, known: _Partition[T]) -> T:
         line = known.lines.popleft()
         known.size -= line.size
+        known.sent_time = line.age[0]
         return line.content
 
     def _order(self) -> None:
         self._heads = [(known.lines[0].age, number) for number, known in self._partitions.items() if known.lines]
         heapify(self._heads)
+
+
+def _told(time: float) -> int | None:
+    return None if time == -math.inf else int(time)

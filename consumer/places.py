@@ -19,12 +19,16 @@ log = logging.getLogger("consumer")
 class Place(NamedTuple):
     """Where to read on in a partition.
 
-    `chosen`: the group has no offset that fits, so that only a commit makes others begin there, too.
+    Attributes:
+        partition, offset: there.
+        chosen: the group has no offset that fits, so that only a commit makes others begin there, too.
+        latest: time of the newest line before, in milliseconds since 1970; None if none is known to have told any.
     """
 
     partition: int
     offset: int
     chosen: bool = False
+    latest: int | None = None
 
 
 class Places:
@@ -77,9 +81,14 @@ class Places:
                 "%s: lines %d to %d were deleted before they were read; keep lines for longer than this process may "
                 "be away", where, committed.offset, low - 1,
             )  # fmt: skip
-        return Place(number, max(committed.offset, low))
+        return Place(number, max(committed.offset, low), latest=_time(committed.metadata))
 
 
 def _bounds(asker: Consumer, topic: str, partition: int) -> tuple[int, int]:
     """Return the first offset of a partition, and the one after its last."""
     return asker.get_watermark_offsets(TopicPartition(topic, partition), timeout=CALL_SECONDS)
+
+
+def _time(noted: str | None) -> int | None:
+    """Return what was noted with an offset; the offsets that a person sets have nothing of the kind."""
+    return int(noted) if noted and noted.removeprefix("-").isdecimal() else None

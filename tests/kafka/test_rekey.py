@@ -185,3 +185,18 @@ def test_tombstones_go_through_and_settings_that_do_not_fit_are_refused(line, kn
         done = line(model={"path": str(knows_lines / "model")}, **changes).run("consumer", "--rekey", check=False)
         assert done.returncode == 2
         assert said in done.stderr.replace("\n", " ")
+
+
+def test_after_a_crash_too_a_line_without_a_time_is_as_old_as_the_one_before(line, knows_lines):
+    """Else the first line of a stack trace in old logs would be of today, and end every block of its partition."""
+    made = line(model={"path": str(knows_lines / "model")}, commit={"interval": "50ms"})
+    topics = made.settings.topics
+    trace = ("081109 203500 7 INFO dfs.X: start blk_1 size 5", "at start blk_1", "at blk_1 again")
+    for number, text in enumerate(trace):
+        process = made.start_consumer(options=["--rekey"])
+        made.wait_for(lambda log=process.log: "assigned" in log.read_text(), what="joining")
+        made.produce([(None, text, 1)], topics.lines)
+        made.wait_for(lambda many=number: len(made.read(topics.events)) > many, what="sending it")
+        made.stop(process, signal.SIGKILL)
+    found = [json.loads(message.value())["timestamp"] for message in made.read(topics.events)]
+    assert found == [1_226_262_900_000] * 3
