@@ -22,8 +22,8 @@ class Outbox:
         self.counts = Counter[str]()
         self.dead_letters = Counter[str]()
 
-    def send(self, cut: Cut, delivery: Delivery) -> None:
-        """Send the events of a line, or the dead letter that it is.
+    def send(self, cut: Cut, delivery: Delivery) -> int:
+        """Send the events of a line, or the dead letter that it is; return how many messages that were.
 
         Raises:
             TransactionAborted, UserError: as `Delivery.send`.
@@ -33,14 +33,15 @@ class Outbox:
             message, reason = cut.letter
             self.dead_letters[kind(reason)] += 1
             delivery.send(self._topics.dead_letters, *dead_letter(message, reason))
-            return
+            return 1
         headers: Headers = [(SOURCE_HEADER, cut.source.encode())]
         if cut.over is not None:
             delivery.send(self._topics.events, None, cut.over, headers)
-            return
+            return 1
         self.counts["events"] += len(cut.rows)
         self.counts["unmatched_lines"] += cut.unmatched
         self.counts["skipped_lines"] += not cut.rows
         for row in cut.rows:
             value = msgspec.json.encode(dict(zip(self._fields, row, strict=True)))
             delivery.send(self._topics.events, value, row[0].encode(), headers)
+        return len(cut.rows)

@@ -27,6 +27,7 @@ log = logging.getLogger("consumer")
 
 _REPORT_SECONDS = 60.0
 _STATUS_SECONDS = 1.0
+_PER_COMMIT = 20_000  # messages: all that is pending might take longer than a transaction may last
 
 
 class Rekeyer:
@@ -92,8 +93,12 @@ class Rekeyer:
         while not self._patience.stop_asked:
             self._metrics.beat()
             try:
+                sent = 0
                 for cut in self._assignment.read(wait, self._cutter):
-                    self._outbox.send(cut, self._delivery)
+                    sent += self._outbox.send(cut, self._delivery)
+                    if sent > _PER_COMMIT:
+                        self._assignment.commit()
+                        sent = 0
                 self._delivery.poll()
                 self._assignment.check()
                 now = time.monotonic()

@@ -247,6 +247,39 @@ def test_where_a_group_without_offsets_begins_is_committed_before_a_line_is_sent
     rekeyer.play(script())
 
 
+def test_all_that_may_go_at_once_goes_with_several_commits(rekeyer, delivery, clock, monkeypatch):
+    """One transaction for all of it might take longer than it may last."""
+    monkeypatch.setattr("consumer.rekey._PER_COMMIT", 2)
+    commits, commit = [], delivery.commit
+
+    def noted(consumer, offsets, records):
+        commits.append((len(delivery.sent), offsets[0].offset))
+        commit(consumer, offsets, records)
+
+    monkeypatch.setattr(delivery, "commit", noted)
+
+    def script():
+        clock.pass_by()
+        yield [*(line(0, offset, 5, "start blk_{} blk_2") for offset in range(5)), end(0, 5), end(1, 0)]
+
+    rekeyer.play(script())
+    assert commits == [(4, 2), (8, 4), (10, 5)]
+
+
+def test_a_tombstone_whose_key_is_no_block_id_is_a_dead_letter(rekeyer, delivery, clock):
+    """No producer would take the largest of them: each owner of the partition would stop there in turn."""
+
+    def script():
+        clock.pass_by()
+        keys = (b"blk_1", b"k" * 1_040_000, b"caf\xe9", b"", None)
+        yield [*(Message(0, offset, key=key) for offset, key in enumerate(keys)), end(0, 5), end(1, 0)]
+
+    rekeyer.play(script())
+    assert delivery.sent[0] == ("log-events", "blk_1")
+    assert [topic for topic, _ in delivery.sent[1:]] == ["log-anomaly-dead-letters"] * 4
+    assert rekeyer.status().dead_letters == {"bad_id": 2, "bad_tombstone": 2}
+
+
 def test_what_is_pending_is_read_again_after_a_partition_was_given_back_or_a_transaction_aborted(
     rekeyer, consumer, delivery
 ):
