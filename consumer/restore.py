@@ -151,10 +151,15 @@ class Restorer:
                 "%s: no windows are stored (was the state topic deleted?): blocks in mid-life start anew", where
             )
             return _empty(begin, records, vocabulary)
-        transactional = self._settings.delivery == "exactly_once"
-        if committed.offset < checkpoint.offset and transactional:
-            log.warning("%s: the group's offsets were set back to %d: windows start empty", where, committed.offset)
-            return _empty(begin, records, vocabulary)
+        if committed.offset < checkpoint.offset:
+            if self._settings.delivery == "exactly_once":
+                log.warning("%s: the group's offsets were set back to %d: windows start empty", where, committed.offset)
+                return _empty(begin, records, vocabulary)
+            log.warning(
+                "%s: the windows are ahead of the group's offset %d, as after a crash: going on at %d; if the offset "
+                "was set back to judge events again, delete the state topic, too", where, committed.offset,
+                checkpoint.offset,
+            )  # fmt: skip
         if checkpoint.offset < min(low, committed.offset):
             log.warning(
                 "%s: events %d to %d are gone from the topic: windows may lack them; keep events longer than "
