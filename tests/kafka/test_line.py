@@ -260,6 +260,14 @@ def test_a_partition_that_falls_silent_closes_its_blocks_on_the_wall_clock(line,
         (whole.block_id, json.dumps({"block_id": whole.block_id, "event_id": event, "timestamp": number}))
         for number, event in enumerate(whole.events[:4])
     )
+    sender = Producer({"bootstrap.servers": made.bootstrap, "transactional.id": made.name})
+    sender.init_transactions(30)
+    sender.begin_transaction()
+    sender.produce(made.settings.topics.events, b"more of it", whole.block_id.encode())
+    sender.flush(30)
+    time.sleep(7)
+    assert made.read(made.settings.topics.alerts) == [], "what waits for its transaction is no silence"
+    sender.abort_transaction(30)
     sent = time.monotonic()
     made.wait_for(lambda: made.read(made.settings.topics.alerts), what="an alert")
     assert time.monotonic() - sent > 2.5
