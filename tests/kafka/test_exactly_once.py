@@ -8,7 +8,7 @@ from random import Random
 from threading import Event, Thread
 
 import pytest
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from consumer.delivery import TransactionAborted, delivery_for
@@ -373,18 +373,24 @@ def test_offsets_set_back_by_hand_are_noticed_and_start_with_empty_windows(line)
         verify(made.settings.model_copy(update={"kafka": KafkaSettings.model_validate(kafka)}))
 
 
-def test_a_deleted_state_topic_is_noticed(line):
+def test_a_backlog_is_skipped_by_setting_the_offsets_forward_and_deleting_the_state_topic(line):
+    """The recipe of docs/operations.md."""
     made = line()
     process = made.start_consumer()
     joined(made, process)
     made.produce([(*message("A", "x", number), 0) for number in range(20)])
     made.wait_for(lambda: made.lag() == 0, what="committing")
     made.stop(process)
+    made.produce([(*message("skipped", "x", 20), 0) for _ in range(5)])
     admin = AdminClient({"bootstrap.servers": made.bootstrap, "log_level": 0})
+    ahead = ConsumerGroupTopicPartitions(made.name, [TopicPartition(made.settings.topics.events, 0, 25)])
+    admin.alter_consumer_group_offsets([ahead])[made.name].result()
     for future in admin.delete_topics([made.settings.topics.state], operation_timeout=10).values():
         future.result()
+    made.produce([(*message("B", "x", 21), 0)])
     process = made.consume_all()
     assert "no windows are stored (was the state topic deleted?)" in process.log.read_text()
+    assert {alert.key() for alert in made.read(made.settings.topics.alerts)} == {b"A", b"B"}
 
 
 def test_events_deleted_before_they_were_needed_are_noticed(line):
