@@ -130,6 +130,24 @@ def test_a_group_without_offsets_begins_where_it_is_told_and_says_that_it_chose(
     nobody.close()
 
 
+@pytest.mark.parametrize(
+    ("delivery", "offset", "until", "said"),
+    [("exactly_once", 5, 5, "set back to 5: windows start empty"),
+     ("at_least_once", 8, 8, "ahead of the group's offset 5, as after a crash: going on at 8")],
+)  # fmt: skip
+def test_windows_that_are_ahead_of_the_groups_offset_are_of_a_crash_or_of_offsets_set_back(
+    group, caplog, delivery, offset, until, said
+):
+    made, consumer = group
+    made.predecessor.checkpoint(0, 8)
+    made.predecessor.end()
+    settings = made.settings.model_copy(update={"delivery": delivery})
+    (start,) = Restorer(settings, consumer, Patience()).starts([0], VOCABULARY)
+    assert (start.offset, start.replay.until) == (offset, until)
+    assert (start.leftovers == [CHECKPOINT]) == (delivery == "exactly_once")
+    assert said in caplog.text
+
+
 def test_partitions_are_restored_one_after_the_other_from_their_own_records(group):
     made, consumer = group
     for partition in range(3):
