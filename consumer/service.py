@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import groupby
-from operator import methodcaller
 
 import numpy as np
 from confluent_kafka import Message, TopicPartition
@@ -44,7 +42,6 @@ log = logging.getLogger("consumer")
 
 _REPORT_SECONDS = 60.0
 _STATUS_SECONDS = 1.0
-_ERROR, _PARTITION = methodcaller("error"), methodcaller("partition")  # of a message
 _SECONDS = 10**11  # since 1970: the year 5138; milliseconds: 1973, of which no log is
 
 
@@ -242,17 +239,14 @@ class Service:
         """Return messages by partition, and where those end that are read to their end; errors go to the assignment."""
         by_partition: dict[int, list[Message]] = {}
         ends: dict[int, int] = {}
-        errors = list(filter(_ERROR, messages))
-        for message in errors:
+        for message in messages:
             error = message.error()
-            if error.code() == AT_END:
+            if error is None:
+                by_partition.setdefault(message.partition(), []).append(message)
+            elif error.code() == AT_END:
                 ends[message.partition()] = message.offset()
             else:
                 self._assignment.on_error(error, message.partition())
-        if errors:
-            messages = [message for message in messages if message.error() is None]
-        for number, some in groupby(messages, _PARTITION):
-            by_partition.setdefault(number, []).extend(some)
         return by_partition, ends
 
     def _decoded(
