@@ -21,7 +21,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 SECONDS = 10.0  # that an answer may take
 PAUSES = (0.5, 1, 2, 5, 10, 30)  # between tries; the last one from then on
@@ -168,11 +168,20 @@ def commit(consumer: Consumer, message: Message) -> None:
 
 
 def wait(consumer: Consumer, seconds: float, stopped: list[int]) -> None:
-    """Wait as a member of the group: one that does not poll for five minutes is put out of it."""
+    """Wait as a member of the group: one that does not poll for five minutes is put out of it.
+
+    Raises:
+        KafkaException: waiting would not mend it.
+    """
     end = time.monotonic() + seconds
-    consumer.pause(consumer.assignment())
     while time.monotonic() < end and not stopped:
-        consumer.poll(0.1)
+        consumer.pause(consumer.assignment())  # each time: what a member that leaves hands over is not paused
+        message = consumer.poll(0.1)
+        if message is None:
+            continue
+        if message.error():
+            raise KafkaException(message.error())
+        consumer.seek(TopicPartition(message.topic(), message.partition(), message.offset()))  # its turn comes later
     consumer.resume(consumer.assignment())
 
 

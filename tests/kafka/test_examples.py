@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from scripts.local_kafka import free_port
@@ -165,6 +165,29 @@ def test_the_webhook_loses_no_alert_though_the_receiver_is_away_and_it_is_killed
     assert back.got[0][0] == 429
     assert {block for _, block in back.taken()} == {"block-1", "block-2"}
     assert {key for key, _ in back.taken()} == {f"{1:032x}.1", f"{2:032x}.1", f"{2:032x}.2"}
+
+
+def test_the_webhook_loses_no_alert_that_is_handed_over_while_it_waits(kafka, start, receiver, topic_name):
+    topic = f"{topic_name}-two"
+    brokers = {"bootstrap.servers": kafka.bootstrap}
+    admin, producer = AdminClient(brokers), Producer(brokers)
+    admin.create_topics([NewTopic(topic, 2, 1)])[topic].result(10)
+    for number in range(6):
+        producer.produce(topic, json.dumps(alert(number)), partition=number % 2)
+    producer.flush(20)
+    other = Consumer(brokers | {"group.id": topic_name, "session.timeout.ms": 6000, "enable.auto.commit": False})
+    other.subscribe([topic])
+
+    def holds(partitions):
+        other.poll(0.1)
+        return len(other.assignment()) == partitions
+
+    away = receiver(503, 503, 503, 503, 200)
+    away.wait_for(lambda: holds(2))
+    start("webhook.py", "--url", away.url, "--topic", topic, "--set", "heartbeat.interval.ms", "500")
+    away.wait_for(lambda: holds(1) and len(away.got) == 4)  # it waits for five seconds now
+    other.close()
+    away.wait_for(lambda: len({block for _, block in away.taken()}) == 6)
 
 
 def test_a_receiver_that_refuses_ends_the_webhook(start, receiver):
