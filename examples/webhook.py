@@ -4,9 +4,9 @@ So no alert is lost, whatever is killed; one may come twice, under the same Idem
 
     python examples/webhook.py --brokers localhost:9092 --url https://example.org/hooks/alerts --severity major critical
 
-A receiver that is away or busy is tried again, for as long as it takes. One that refuses (400, 401, 404 …) ends the
-program with status 2: that takes a person. Brokers that are away are waited for, too. Needs nothing of this project,
-only confluent-kafka.
+A receiver that is away or busy is tried again, for as long as it takes. One that refuses (400, 401, 404 …) or is
+elsewhere now (301, 302 …) ends the program with status 2: that takes a person. Brokers that are away are waited for,
+too. Needs nothing of this project, only confluent-kafka.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from contextlib import closing
 from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
@@ -27,6 +27,16 @@ SECONDS = 10.0  # that an answer may take
 PAUSES = (0.5, 1, 2, 5, 10, 30)  # between tries; the last one from then on
 BUSY = {408, 425, 429}  # client errors that pass
 SAY_SECONDS = 30.0  # between two lines about brokers that are away
+
+
+class NoRedirects(HTTPRedirectHandler):
+    """Followed, a redirect would get the token, and a GET instead of the alert: it counts as a refusal."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Go nowhere."""
+
+
+opener = build_opener(NoRedirects)
 
 
 def main() -> int:
@@ -117,7 +127,7 @@ def post(url: str, body: bytes, key: str) -> str | None:
     if token := os.environ.get("WEBHOOK_TOKEN"):
         headers["Authorization"] = f"Bearer {token}"
     try:
-        with urlopen(Request(url, body, headers), timeout=SECONDS):
+        with opener.open(Request(url, body, headers), timeout=SECONDS):
             return None
     except HTTPError as error:
         if error.code < 500 and error.code not in BUSY:

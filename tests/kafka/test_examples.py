@@ -115,6 +115,7 @@ class Receiver:
                 status = left.pop(0) if len(left) > 1 else left[0]
                 outer.got.append((status, self.headers["Idempotency-Key"], body["block_id"]))
                 self.send_response(status)
+                self.send_header("Location", outer.url)
                 self.end_headers()
 
             def log_message(self, *_):
@@ -190,11 +191,12 @@ def test_the_webhook_loses_no_alert_that_is_handed_over_while_it_waits(kafka, st
     away.wait_for(lambda: len({block for _, block in away.taken()}) == 6)
 
 
-def test_a_receiver_that_refuses_ends_the_webhook(start, receiver):
-    process = start("webhook.py", "--url", receiver(404).url)
+@pytest.mark.parametrize("status", [404, 302])
+def test_a_receiver_that_refuses_or_redirects_ends_the_webhook(start, receiver, status):
+    process = start("webhook.py", "--url", receiver(status).url)
     _, said = process.communicate(timeout=40)
     assert process.returncode == 2
-    assert re.fullmatch(r"error: the receiver refuses: 404 .*; mend that and start again\n", said)
+    assert re.fullmatch(rf"error: the receiver refuses: {status} .*; mend that and start again\n", said)
 
 
 def example(name, *options):
