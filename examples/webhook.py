@@ -68,11 +68,16 @@ def main() -> int:
     return 0
 
 
+def token() -> str:
+    """Return the bearer token, without the end of line that a file puts behind it; empty if there is none."""
+    return os.environ.get("WEBHOOK_TOKEN", "").strip()
+
+
 def check(url: str) -> None:
     """Make sure that something can be posted there.
 
     Raises:
-        ValueError: it is no address.
+        ValueError: it is no address, or the token is none.
     """
     try:
         parts = urlsplit(url)
@@ -81,6 +86,10 @@ def check(url: str) -> None:
         whole = False
     if not whole or not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError(f"--url {url} is no address to post to; write it as https://example.org/hooks/alerts")
+    if parts.username is not None:
+        raise ValueError("--url holds a login, which is not sent; put a token into WEBHOOK_TOKEN instead")
+    if not token().isascii() or not token().isprintable():
+        raise ValueError("WEBHOOK_TOKEN holds what no header may; write only the token into it, on one line")
 
 
 def read(arguments: argparse.Namespace, stopped: list[int]) -> None:
@@ -124,8 +133,8 @@ def post(url: str, body: bytes, key: str) -> str | None:
         PermissionError: it would be refused again.
     """
     headers = {"Content-Type": "application/json", "Idempotency-Key": key}
-    if token := os.environ.get("WEBHOOK_TOKEN"):
-        headers["Authorization"] = f"Bearer {token}"
+    if token():
+        headers["Authorization"] = f"Bearer {token()}"
     try:
         with opener.open(Request(url, body, headers), timeout=SECONDS):
             return None

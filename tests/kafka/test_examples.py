@@ -106,7 +106,7 @@ class Receiver:
     """A web server that answers each post with the next of `answers`, and with the last one from then on."""
 
     def __init__(self, *answers):
-        self.got = []
+        self.got, self.logins = [], set()
         outer, left = self, list(answers)
 
         class Handler(BaseHTTPRequestHandler):
@@ -114,6 +114,7 @@ class Receiver:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 status = left.pop(0) if len(left) > 1 else left[0]
                 outer.got.append((status, self.headers["Idempotency-Key"], body["block_id"]))
+                outer.logins.add(self.headers["Authorization"])
                 self.send_response(status)
                 self.send_header("Location", outer.url)
                 self.end_headers()
@@ -152,7 +153,8 @@ def receiver():
         one.close()
 
 
-def test_the_webhook_loses_no_alert_though_the_receiver_is_away_and_it_is_killed(start, receiver):
+def test_the_webhook_loses_no_alert_though_the_receiver_is_away_and_it_is_killed(start, receiver, monkeypatch):
+    monkeypatch.setenv("WEBHOOK_TOKEN", "secret\n")
     away = receiver(503)
     process = start("webhook.py", "--url", away.url, "--severity", "major", "critical")
     away.wait_for(lambda: len(away.got) >= 2)
@@ -166,6 +168,7 @@ def test_the_webhook_loses_no_alert_though_the_receiver_is_away_and_it_is_killed
     assert back.got[0][0] == 429
     assert {block for _, block in back.taken()} == {"block-1", "block-2"}
     assert {key for key, _ in back.taken()} == {f"{1:032x}.1", f"{2:032x}.1", f"{2:032x}.2"}
+    assert back.logins == {"Bearer secret"}
 
 
 def test_the_webhook_loses_no_alert_that_is_handed_over_while_it_waits(kafka, start, receiver, topic_name):
@@ -228,6 +231,15 @@ def test_a_url_that_nothing_can_be_posted_to_is_one_sentence(url):
     done = example("webhook.py", "--url", url)
     assert done.returncode == 2
     assert re.fullmatch(rf"error: --url {url} is no address to post to; .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(("login", "token"), [("me:secret@", ""), ("", "secret\nsecret"), ("", "secr€t")])
+def test_a_login_that_cannot_be_sent_is_one_sentence_that_does_not_tell_it(monkeypatch, login, token):
+    monkeypatch.setenv("WEBHOOK_TOKEN", token)
+    done = example("webhook.py", "--url", f"http://{login}127.0.0.1:9/x")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*WEBHOOK_TOKEN.*\n", done.stderr)
+    assert "secr" not in done.stderr
 
 
 @EXAMPLES
