@@ -2,6 +2,7 @@
 the program itself says of its settings, its ports and its metrics."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -145,6 +146,21 @@ def test_keda_scales_what_is_deployed_by_the_lag_of_its_group_up_to_its_partitio
     assert trigger["authenticationRef"]["name"] == manifest("TriggerAuthentication")["metadata"]["name"]
 
 
+def test_the_consumers_score_on_as_many_threads_as_they_have_cpus():
+    (container,) = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
+    (threads,) = (value for value in container["env"] if "THREADS" in value["name"])
+    assert threads["valueFrom"]["resourceFieldRef"]["resource"] == "limits.cpu"
+    scoring = (
+        "from model.compiled import CompiledNetwork; from model.network import Autoencoder, Shape;"
+        "print(CompiledNetwork(Autoencoder(Shape(6, 6, 16, 2, 1, 16)).eval())._threads)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", scoring], cwd=ROOT, env=os.environ | {threads["name"]: "3"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "3\n"
+
+
 @pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_what_pods_refer_to_exists(name):
     deployment = manifest("Deployment", name)
@@ -156,7 +172,8 @@ def test_what_pods_refer_to_exists(name):
     if name == "log-anomaly":
         assert manifest("PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
     (container,) = pod["spec"]["containers"]
-    asked = [value["valueFrom"]["secretKeyRef"] for value in container["env"] if "valueFrom" in value]
+    sources = [value["valueFrom"] for value in container["env"]]
+    asked = [source["secretKeyRef"] for source in sources if "secretKeyRef" in source]
     asked += [item for volume in pod["spec"]["volumes"] if "secret" in volume for item in volume["secret"]["items"]]
     asked += manifest("TriggerAuthentication")["spec"]["secretTargetRef"]
     for reference in asked:
