@@ -25,8 +25,9 @@ from model.config import Strategy
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
-from model.sessions import Session, read_normal, read_sessions
+from model.sessions import Session, read_normal
 from scripts.baselines import CountVectors, NewEvents
+from scripts.inputs import read_failing
 from scripts.output import check_file, write_json
 
 QUANTILES = (0.95, 0.99, 0.995, 0.999, 0.9995)
@@ -80,11 +81,9 @@ def main() -> None:
     artifacts = Artifacts.load(settings)
     bundle, threshold = artifacts.bundle, artifacts.threshold
     normal = read_normal(arguments.normal, bundle.lines).sessions
-    anomalous = [session for path in arguments.anomalous for session in read_sessions(path, bundle.lines).sessions
-                 if session.anomalous is not False]  # fmt: skip
-    for sessions, option in ((normal, "--normal"), (anomalous, "--anomalous")):
-        if not sessions:
-            raise UserError(f"{option}: the files hold no such session; check their labels")
+    if not normal:
+        raise UserError("--normal: the files hold no such session; check their labels")
+    anomalous = read_failing("--anomalous", arguments.anomalous, bundle.lines)
 
     scorer = Scorer(bundle, threshold.strategy, choose(settings.device))
     result = evaluate(normal, anomalous, scorer, threshold, arguments.prior)
