@@ -24,9 +24,10 @@ from model.config import Strategy
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
-from model.sessions import Session, read_normal
+from model.sessions import Session
 from model.training import train
 from model.vocabulary import Vocabulary
+from scripts.inputs import read_healthy
 from scripts.output import check_file, write_json
 from scripts.synthetic import broken
 
@@ -59,10 +60,12 @@ def main() -> None:
     arguments = parser.parse_args()
     check_file("--json", arguments.json)
     settings = load_settings(arguments.config)
-    training, held_out = (read_normal(files).sessions for files in (arguments.normal, arguments.held_out))
-    if len(held_out) < blocks_needed(QUANTILES[0]):
-        raise UserError(f"--held-out: {len(held_out):,} normal sessions are too few; it takes at least "
-                        f"{blocks_needed(QUANTILES[0]):,}")  # fmt: skip
+    for option in ("seeds", "epochs"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option} {value}: at least one is needed")
+    training = read_healthy("--normal", arguments.normal)
+    held_out = read_healthy("--held-out", arguments.held_out, least=blocks_needed(QUANTILES[0]))
     results: list[dict[str, Any]] = []
     for measured in _Trials(settings, training, held_out, arguments).run():
         results += measured
@@ -82,7 +85,10 @@ class _Trials:
         self._sequences = [self._vocabulary.encode(session.events) for session in training]
         self._held_out = held_out
         known = {session.events for session in (*training, *held_out)}
-        self._failures = broken(held_out, known, count=_FAILURES, seed=_FAILURES_SEED)
+        made = broken(held_out, known, count=_FAILURES, seed=_FAILURES_SEED)
+        self._failures = {kind: some for kind, some in made.items() if some}
+        if unlike := made.keys() - self._failures.keys():
+            console.print(f"failures that cannot be made from these sessions: {', '.join(sorted(unlike))}")
 
     def run(self) -> Iterator[list[dict[str, Any]]]:
         """Yield the measures of each training, one item a strategy; all variants with one seed, then with the next."""

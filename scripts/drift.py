@@ -29,8 +29,9 @@ from model.cli import argument_parser, console, progress_bar, run
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
-from model.sessions import Session, read_events, read_normal
+from model.sessions import Session, read_events
 from model.vocabulary import UNK
+from scripts.inputs import read_healthy
 from scripts.output import check_file, write_json
 
 AFTER = 20_000
@@ -85,8 +86,10 @@ def main() -> int:
         raise UserError("drift.enabled is false in the settings: there is nothing to measure")
     if arguments.orders < 1:
         raise UserError(f"--orders {arguments.orders}: at least one is needed")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: zero or a number above it is needed")
     artifacts = Artifacts.load(settings)
-    sessions = read_normal(arguments.normal).sessions
+    sessions = read_healthy("--normal", arguments.normal, least=2)  # one before the change, one after it
     quiet, changes = measure(settings, artifacts, sessions, orders=arguments.orders, seed=arguments.seed)
     if arguments.events:
         quiet.append(streamed(settings, artifacts, arguments.events))
@@ -111,7 +114,8 @@ def measure(
         now = scored(lambda _, events: events)
         versions = {name: scored(version) for name, version in _VERSIONS.items()}
     quietly = versions["neighbours exchanged"]
-    versions["the same, silent blocks only"] = quietly[quietly <= threshold.threshold]
+    if len(silent := quietly[quietly <= threshold.threshold]):
+        versions["the same, silent blocks only"] = silent
     trial = _Trial(settings, artifacts)
     shuffles = [np.random.default_rng(seed + number) for number in range(orders)]
     quiet = [

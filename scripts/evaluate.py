@@ -25,9 +25,9 @@ from model.config import Strategy
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
-from model.sessions import Session, read_normal
+from model.sessions import Session
 from scripts.baselines import CountVectors, NewEvents
-from scripts.inputs import read_failing
+from scripts.inputs import read_failing, read_healthy
 from scripts.output import check_file, write_json
 
 QUANTILES = (0.95, 0.99, 0.995, 0.999, 0.9995)
@@ -80,17 +80,16 @@ def main() -> None:
     settings = load_settings(arguments.config)
     artifacts = Artifacts.load(settings)
     bundle, threshold = artifacts.bundle, artifacts.threshold
-    normal = read_normal(arguments.normal, bundle.lines).sessions
-    if not normal:
-        raise UserError("--normal: the files hold no such session; check their labels")
+    normal = read_healthy("--normal", arguments.normal, bundle.lines)
     anomalous = read_failing("--anomalous", arguments.anomalous, bundle.lines)
+    training, held_out = (
+        read_healthy(option, files, bundle.lines) if files else []
+        for option, files in (("--training", arguments.training), ("--calibration", arguments.calibration))
+    )
 
     scorer = Scorer(bundle, threshold.strategy, choose(settings.device))
     result = evaluate(normal, anomalous, scorer, threshold, arguments.prior)
     if arguments.training:
-        training, held_out = (
-            read_normal(files, bundle.lines).sessions for files in (arguments.training, arguments.calibration)
-        )
         result["delay"]["limit"] = delay_limit([*training, *held_out, *normal], anomalous)
         result["baseline"] = baselines(training, held_out, normal, anomalous, arguments.prior)
         result["strategies"] = strategies(held_out, normal, anomalous, scorer, threshold.every, arguments.prior)

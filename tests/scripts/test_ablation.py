@@ -6,8 +6,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import yaml
 
+from model.errors import UserError
+from scripts.ablation import main
 from scripts.simulator import simulate, write
 from scripts.synthetic import KINDS, broken
 from scripts.systems import HDFS
@@ -63,3 +66,42 @@ def test_the_table_tells_variants_apart(tmp_path):
         assert row["at"][0]["recall"] >= row["at"][1]["recall"] > 0
         assert row["at"][0]["threshold"] <= row["at"][1]["threshold"]
     assert "one layer" in done.stdout
+
+
+@pytest.fixture
+def run_main(tmp_path, monkeypatch):
+    """Runs the command on sessions of the events `a b` and on given ones, with a small model."""
+    config, train, held_out = tmp_path / "config.yaml", tmp_path / "train.jsonl", tmp_path / "held-out.jsonl"
+    config.write_text("{device: cpu, model: {width: 16, heads: 2, feedforward: 32}, training: {batch_size: 64}}")
+    train.write_text('{"block_id": "b", "events": ["a", "b"]}\n')
+
+    def run(sessions, *options):
+        held_out.write_text("".join(f"{json.dumps(session)}\n" for session in sessions))
+        files = ["--config", config, "--normal", train, "--held-out", held_out]
+        monkeypatch.setattr(sys, "argv", ["ablation", *map(str, files), *options])
+        main()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--seeds", "0"), "--seeds 0: at least one is needed"),
+        (("--epochs", "-1"), "--epochs -1: at least one is needed"),
+        ((), "--held-out: 0 normal sessions are too few, it takes at least 99; .*"),
+    ],
+)
+def test_a_mistake_is_one_sentence(run_main, options, said):
+    with pytest.raises(UserError, match=f"^{said}$"):
+        run_main([{"block_id": "b", "events": ["a"], "label": "Anomaly"}], *options)
+
+
+def test_failures_that_short_sessions_cannot_have_are_left_out(run_main, tmp_path, capsys):
+    out = tmp_path / "ablation.json"
+    only = ("--only", "one layer", "--seeds", "1", "--epochs", "1")
+    run_main([{"block_id": f"{number}", "events": ["a"]} for number in range(120)], *only, "--json", str(out))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "cannot be made from these sessions: kind missing, run missing, truncated " in said
+    (row,) = json.loads(out.read_text(), parse_constant=pytest.fail)
+    assert row["at"][0].keys() == {"q", "threshold", "recall", "misplaced", "spliced", "storm"}

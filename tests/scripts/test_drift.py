@@ -1,8 +1,11 @@
 """The test for drift on real logs: silent on what is normal, quick where a new version writes something new."""
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +15,10 @@ from consumer.artifacts import Artifacts
 from consumer.settings import DriftSettings, Settings, TopicSettings
 from model.bundle import Bundle
 from model.config import ModelSettings, TrainingSettings
+from model.errors import UserError
+from model.network import Autoencoder, Shape
 from model.scoring import Scorer
-from model.sessions import read_normal
+from model.sessions import Session, read_normal
 from model.training import train
 from model.vocabulary import Vocabulary
 from scripts import drift
@@ -53,6 +58,39 @@ def test_on_real_logs_it_is_silent_until_something_changes(monkeypatch):
     assert new.most <= 1500
     hasty = on_one_partition(batch=10)
     assert streamed(hasty, artifacts, REAL / "replay" / "events.csv.gz").alarms == 1, "which is why blocks are batched"
+
+
+def test_where_every_changed_block_alerts_none_is_left_that_is_silent(monkeypatch):
+    def scored(sessions, *_, **__):
+        return SimpleNamespace(blocks=np.array([float(session.events != ("a", "b")) for session in sessions]))
+
+    monkeypatch.setattr(drift, "AFTER", 20)
+    monkeypatch.setattr(drift, "block_scores", scored)
+    vocabulary = Vocabulary(("a", "b"))
+    bundle = Bundle(Autoencoder(Shape(len(vocabulary), 5, 16, 2, 1, 16)).eval(), vocabulary)
+    threshold = calibrate(np.zeros(40), Scorer(bundle), quantile=0.95, every=1, idle_timeout_ms=1)
+    sessions = [Session(f"{number}", ("a", "b")) for number in range(30)]
+    _, changes = measure(on_one_partition(), Artifacts(bundle, threshold), sessions, orders=1, seed=1)
+    assert {change.alerting for change in changes} == {1.0}
+    assert "the same, silent blocks only" not in {change.change for change in changes}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--orders", "0"), "--orders 0: at least one is needed"),
+        (("--seed", "-1"), "--seed -1: zero or a number above it is needed"),
+        ((), "--normal: 0 normal sessions are too few, it takes at least 2; .*"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr(Artifacts, "load", lambda _: None)
+    failing, config = tmp_path / "failing.jsonl", tmp_path / "config.yaml"
+    failing.write_text('{"block_id": "b", "events": ["a"], "label": "Anomaly"}\n')
+    config.write_text("device: cpu\n")
+    monkeypatch.setattr(sys, "argv", ["drift", "--config", str(config), "--normal", str(failing), *options])
+    with pytest.raises(UserError, match=f"^{said}$"):
+        drift.main()
 
 
 def on_one_partition(**changes):
