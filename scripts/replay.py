@@ -30,9 +30,9 @@ REPORT_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A raw log line; `timestamp` in milliseconds since 1970."""
+    """A raw log line; `timestamp` in milliseconds since 1970, None before the first line that tells one."""
 
-    timestamp: int
+    timestamp: int | None
     blocks: tuple[str, ...]
     text: str
 
@@ -127,7 +127,7 @@ def read_lines(path: Path, rules: LineRules) -> Iterator[Line]:
         UserError: the file cannot be read.
     """
     cutter = LineCutter(rules)
-    last = 0
+    last: int | None = None
     for text in texts(path):
         time_ms = cutter.time(text)
         last = last if time_ms is None else time_ms
@@ -274,7 +274,7 @@ def paced(
         due = start
         if rate is not None:
             due += number / rate
-        elif speed is not None:
+        elif speed is not None and event.timestamp is not None:
             first = event.timestamp if first is None else first
             due += (event.timestamp - first) / 1000 / speed
         ahead = due - clock()

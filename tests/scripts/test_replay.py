@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.settings import EventSettings
+from model.lines import LineRules
 from model.sessions import Event
-from scripts.replay import encoder, paced
+from scripts.replay import encoder, paced, read_lines
 
 
 class Clock:
@@ -34,6 +35,14 @@ def test_speed_keeps_the_distances_of_the_timestamps(stamps, speed):
     seen = times([Event(stamp, "b", "e") for stamp in stamps], speed=speed)
     for (before, after), (early, late) in zip(pairwise(stamps), pairwise(seen), strict=True):
         assert late - early == pytest.approx((after - before) / 1000 / speed, abs=0.003)
+
+
+def test_lines_before_the_first_that_tells_a_time_wait_for_nothing(tmp_path):
+    path = tmp_path / "raw.log"
+    path.write_text("a banner\n081109 203615 blk_1 begins\n  a stack trace\n081109 203617 blk_1 ends\n")
+    lines = list(read_lines(path, LineRules.of(EventSettings())))
+    assert [line.timestamp for line in lines] == [None, *[1_226_262_975_000] * 2, 1_226_262_977_000]
+    assert times(lines, speed=2) == pytest.approx([0, 0, 0, 1])
 
 
 def test_without_a_pace_nobody_waits():
