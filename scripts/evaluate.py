@@ -252,13 +252,22 @@ def delay_limit(normal: Iterable[Session], anomalous: Sequence[Session]) -> dict
     its events. `median_fraction` is the share of a block up to its first event after which no normal session among
     `normal` was like it; `only_at_close` the share of blocks that are such a beginning to their end.
     """
-    beginnings = {events[:end] for events in {session.events for session in normal} for end in range(len(events) + 1)}
+    longer: dict[tuple[int, str], int] = {}  # by the number of a beginning and one more event, that of the longer one
+    for events in {session.events for session in normal}:
+        beginning = 0
+        for event in events:
+            beginning = longer.setdefault((beginning, event), len(longer) + 1)
     fractions, closing = [], 0
     for session in anomalous:
-        length = len(session.events)
-        parted = next((end for end in range(1, length + 1) if session.events[:end] not in beginnings), None)
-        closing += parted is None
-        fractions.append(1.0 if parted is None else parted / length)
+        beginning = 0
+        for end, event in enumerate(session.events, 1):
+            beginning = longer.get((beginning, event), -1)
+            if beginning < 0:
+                fractions.append(end / len(session.events))
+                break
+        else:
+            fractions.append(1.0)
+            closing += 1
     return {"median_fraction": float(np.median(fractions)), "only_at_close": closing / len(fractions)}
 
 

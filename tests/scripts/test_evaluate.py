@@ -1,8 +1,12 @@
 """The reported measures against plain arithmetic on the same block scores."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from calibration.block_scores import block_scores
 from calibration.calibrate import calibrate
@@ -85,9 +89,6 @@ def test_the_delay_counts_events_up_to_the_first_alert(parts):
 
 
 def test_baselines_against_plain_arithmetic():
-    def sessions(*texts):
-        return [Session(text, tuple(text), None) for text in texts]
-
     training = sessions("aab", "aab", "abb", "a")
     weight = {"a": np.log(5 / 5) + 1, "b": np.log(5 / 4) + 1, "?": np.log(5) + 1}
     known = [{"a": 2, "b": 1}, {"a": 1, "b": 2}, {"a": 1, "b": 0}]
@@ -122,10 +123,36 @@ def test_strategies_are_compared_under_the_same_sessions(parts):
         assert measures["auc"] == pytest.approx(pairs)
 
 
-def test_the_delay_limit_is_where_a_block_first_parts_from_all_normal_ones():
-    def sessions(*texts):
-        return [Session(text, tuple(text), None) for text in texts]
+def sessions(*texts):
+    return [Session(text, tuple(text), None) for text in texts]
 
+
+def test_the_delay_limit_is_where_a_block_first_parts_from_all_normal_ones():
     normal = sessions("abcd", "abdd")
     limit = delay_limit(normal, sessions("abxx", "ab", "abddd", "xa"))  # at 3 of 4, at the close, 5 of 5, 1 of 2
     assert limit == {"median_fraction": pytest.approx((0.75 + 1) / 2), "only_at_close": 0.25}
+
+
+_TEXTS = st.lists(st.text("abc", min_size=1, max_size=8), min_size=1, max_size=8)
+
+
+@given(_TEXTS, _TEXTS)
+def test_the_delay_limit_against_all_beginnings(normal, anomalous):
+    beginnings = {text[:end] for text in normal for end in range(len(text) + 1)}
+    parted = [
+        next((end for end in range(1, len(text) + 1) if text[:end] not in beginnings), None) for text in anomalous
+    ]
+    fractions = [1.0 if end is None else end / len(text) for end, text in zip(parted, anomalous, strict=True)]
+    assert delay_limit(sessions(*normal), sessions(*anomalous)) == {
+        "median_fraction": np.median(fractions),
+        "only_at_close": parted.count(None) / len(parted),
+    }
+
+
+def test_the_delay_limit_of_long_sessions_needs_memory_for_each_event_once():
+    tracemalloc.start()
+    long = sessions("ab" * 2000)
+    assert delay_limit(long, long) == {"median_fraction": 1.0, "only_at_close": 1.0}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
