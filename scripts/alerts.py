@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from heapq import heappop, heappush
 from pathlib import Path
 
 import msgspec
@@ -73,8 +74,13 @@ def _print(settings: Settings, arguments: Namespace) -> None:
 
 def _print_newest(settings: Settings, most: int) -> None:
     """Print a table of the alerts that were published last, in that order: partitions come one after the other."""
-    published = sorted(read_messages(settings), key=lambda message: message.timestamp()[1])
-    table = Table(title=f"{len(published):,} alerts in {settings.topics.alerts}")
+    total = 0
+    newest: list[tuple[int, int, Message]] = []  # no more than are shown: a topic may hold more than memory does
+    for total, message in enumerate(read_messages(settings), 1):
+        heappush(newest, (message.timestamp()[1], total, message))
+        if len(newest) > most:
+            heappop(newest)
+    table = Table(title=f"{total:,} alerts in {settings.topics.alerts}")
     for heading, width in (
         ("time", 10),
         ("block", 24),
@@ -82,11 +88,11 @@ def _print_newest(settings: Settings, most: int) -> None:
         ("what happened, what was expected", None),
     ):
         table.add_column(heading, max_width=width, overflow="fold")
-    for message in published[max(0, len(published) - most) :]:
+    for _, _, message in sorted(newest):
         when, severity, block, score, what, expected = columns(decode(message.value()))
         table.add_row(when, block, Text.assemble(severity, "\n", score), Text.assemble(what, "\n", _expected(expected)))
     console.print(table)
-    if len(published) > most:
+    if total > most:
         errors.print(f"the last {most:,} to be published are shown; --last N shows more, --json all")
 
 

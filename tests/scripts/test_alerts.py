@@ -1,7 +1,9 @@
 """How an alert reads on a terminal, and what is said while no broker is there to read from."""
 
 import io
+import re
 import time
+import weakref
 from contextlib import closing
 
 import msgspec
@@ -10,7 +12,8 @@ from confluent_kafka.admin import AdminClient
 from rich.console import Console
 
 from consumer.alerts import Alert, Counted
-from consumer.settings import load_settings
+from consumer.settings import Settings, load_settings
+from scripts import alerts
 from scripts.alerts import TopicReader, columns, found, one_line
 from scripts.live import LiveAlerts
 
@@ -91,6 +94,36 @@ def test_a_revision_takes_the_place_of_what_it_revises():
     assert len(rows) == 2
     assert "first (revision 2)" in rows[0]
     assert "second" in rows[1]
+
+
+@pytest.mark.parametrize("most", [0, 2, 3, 99])
+def test_the_table_shows_what_was_published_last_and_holds_no_more(monkeypatch, capsys, most):
+    class Message:
+        def __init__(self, number, published):
+            self.number, self.published = number, published
+            held.add(self)
+
+        def timestamp(self):
+            return 1, self.published
+
+        def value(self):
+            return msgspec.json.encode(msgspec.structs.replace(ALERT, block_id=f"blk_{self.number}"))
+
+    def read_messages(_):
+        for number, published in enumerate((5, 9, 7, 7, 8, 7)):
+            yield Message(number, published)
+            assert len(held) <= most + 1
+
+    held = weakref.WeakSet()
+    monkeypatch.setattr(alerts, "read_messages", read_messages)
+    alerts._print_newest(Settings(), most)
+    said = capsys.readouterr()
+    assert "6 alerts in log-anomaly-alerts" in said.out
+    shown = [int(number) for number in re.findall(r"blk_(\d)", said.out)]
+    assert shown == [0, 2, 3, 5, 4, 1][max(0, 6 - most) :]
+    assert said.err == (
+        "" if most > 6 else f"the last {most} to be published are shown; --last N shows more, --json all\n"
+    )
 
 
 def test_labelled_blocks_are_counted_once_by_their_gravest_alert():
