@@ -5,6 +5,7 @@ parts are in `scripts/bench/`; they drive the real consumer process from outside
 """
 
 import os
+import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +89,14 @@ def _arguments() -> Namespace:
     parser.add_argument("--peers-python", type=Path, metavar="PYTHON", help="interpreter that has the peers installed")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results as JSON")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="also draw them")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name, value in vars(arguments).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not number > 0:
+                raise UserError(f"--{name.replace('_', '-')} {number:g}: a number above zero is needed")
+    if arguments.peers_python and shutil.which(arguments.peers_python) is None:
+        raise UserError(f"--peers-python {arguments.peers_python}: no such program; name an interpreter of Python")
+    return arguments
 
 
 def _traffic(file: Path | None, bundle: Bundle) -> Sequence[Event]:

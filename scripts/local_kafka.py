@@ -318,6 +318,8 @@ def main() -> int:
     )
     parser.add_argument("--purge", action="store_true", help="with down: remove the data too")
     arguments = parser.parse_args()
+    if arguments.port is not None and not 0 < arguments.port < 2**16:
+        raise UserError(f"--port {arguments.port}: a number from 1 to 65535 is needed")
     known = None if arguments.command == "up" else recorded_port(arguments.dir)
     kafka = LocalKafka(arguments.dir, arguments.port or known or LocalKafka.port)
     if arguments.command != "up":

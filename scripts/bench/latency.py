@@ -77,5 +77,8 @@ def _probe(stage: Stage, settings: Settings, load: subprocess.Popen[bytes]) -> n
         if not lasts and time.monotonic() - max(sent.values()) > 60:
             raise UserError(f"{len(sent) - len(taken)} alerts did not come")
     reader.close()
-    begin = min(sent.values()) + _MEET_SECONDS
-    return 1000 * np.array([taken[block] - at for block, at in sent.items() if at >= begin])
+    begin = min(sent.values(), default=0.0) + _MEET_SECONDS
+    delays = [taken[block] - at for block, at in sent.items() if at >= begin]
+    if not delays:
+        raise UserError("the load was over before there was anything to measure; give more --seconds")
+    return 1000 * np.array(delays)

@@ -1,9 +1,12 @@
 """The benchmark's parts, small: what they say about a run is what happened in it."""
 
+import subprocess
 from argparse import Namespace
 
 import pytest
 
+from model.errors import UserError
+from scripts.bench.latency import _probe
 from scripts.bench.robustness import garbage, pause
 from scripts.bench.scoring import scoring
 from scripts.bench.stage import Stage
@@ -37,3 +40,10 @@ def test_the_network_is_measured_on_every_distinct_window(stage):
     assert found["distinct_windows"] >= len(shown) + len(whole)
     assert 0 < found["share_of_peak"] < 1
     assert found["furthest_from_exact"] < 0.001
+
+
+def test_a_load_that_is_over_too_soon_is_one_sentence(stage):
+    with subprocess.Popen(["true"]) as load:
+        load.wait()
+        with pytest.raises(UserError, match="give more --seconds"):
+            _probe(stage, stage.trial().settings, load)

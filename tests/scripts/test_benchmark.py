@@ -1,12 +1,14 @@
 """What the benchmark makes of its measurements: shares of a second, pictures, ratios first in its JSON."""
 
 import json
+import sys
 
 import pytest
 
+from model.errors import UserError
 from scripts.bench.pictures import draw
 from scripts.bench.profile import _shares
-from scripts.benchmark import _write
+from scripts.benchmark import _write, main
 
 MAIN = "thread (1): MainThread;main (consumer/__main__.py:43)"
 STACKS = [
@@ -49,3 +51,17 @@ def test_the_json_begins_with_the_ratios(tmp_path):
     assert list(written)[:4] == ["pipeline_ratio", "cold_ratio", "peers_times_as_fast_as", "scoring_share_of_peak_cpu"]
     assert written["pipeline_eps"] == pytest.approx(50)
     assert written["latency_ms"] == results["latency"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--seconds", "0"), r"--seconds 0: a number above zero is needed"),
+        (("--instances", "1", "-2"), r"--instances -2: a number above zero is needed"),
+        (("--peers-python", "/none/python"), r"--peers-python /none/python: no such program; .*"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_is_measured(monkeypatch, options, said):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options])
+    with pytest.raises(UserError, match=f"^{said}$"):
+        main()

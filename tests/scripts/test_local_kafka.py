@@ -198,3 +198,10 @@ def test_the_command_says_that_nothing_runs(tmp_path):
     assert (command("status").returncode, command("status").stdout) == (1, "Kafka is down\n")
     assert (command("down").returncode, command("down").stdout) == (0, "Kafka was not running\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1"])
+def test_a_port_that_cannot_be_is_one_sentence(monkeypatch, port):
+    monkeypatch.setattr(sys, "argv", ["local_kafka", "up", "--port", port])
+    with pytest.raises(UserError, match=f"^--port {port}: a number from 1 to 65535 is needed$"):
+        local_kafka.main()
