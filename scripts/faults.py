@@ -24,6 +24,7 @@ import yaml
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from rich.table import Table
 
+from consumer.artifacts import Artifacts
 from consumer.faultpoints import PLACES
 from consumer.patience import NOT_COMMITTED
 from consumer.settings import Settings, load_settings, milliseconds
@@ -80,6 +81,11 @@ def main() -> int:
     arguments = parser.parse_args()
     check_file("--json", arguments.json)
     check_folder("--keep", arguments.keep)
+    if arguments.keep and any(arguments.keep.iterdir()):
+        raise UserError(f"--keep {arguments.keep}: has other things in it; name an empty or a new folder")
+    for option in ("events", "instances"):
+        if getattr(arguments, option) < 1:
+            raise UserError(f"--{option} {getattr(arguments, option)}: at least one is needed")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         tally, result = _Trial(arguments, arguments.keep or Path(scratch)).run()
     outcome = asdict(result) | asdict(tally)
@@ -114,6 +120,17 @@ class _Trial:
         begun = time.monotonic()
         try:
             self._kafka.up()
+            self._play(settings, begun)
+            self._read_logs()
+            result = verify(settings)
+        finally:
+            self._kafka.down(purge=self._arguments.keep is None)
+        self._tally.seconds = time.monotonic() - begun
+        return self._tally, result
+
+    def _play(self, settings: Settings, begun: float) -> None:
+        """Stream the events while the faults happen, until the consumers have committed all; then none of them runs."""
+        try:
             ensure_topics(settings, [TopicSpec(settings.topics.events)])
             schedule = self._schedule()
             events = list(_repeated(self._arguments.file, self._arguments.events, self._arguments.seed))
@@ -138,17 +155,11 @@ class _Trial:
             for instance in self._instances:
                 instance.kill()
                 instance.wait()
-        try:
-            self._read_logs()
-            result = verify(settings)
-        finally:
-            self._kafka.down(purge=self._arguments.keep is None)
-        self._tally.seconds = time.monotonic() - begun
-        return self._tally, result
 
     def _settings(self) -> Settings:
         """Write the trial's settings: those given, with topics, brokers and short times of its own."""
         given = load_settings(self._arguments.config)
+        Artifacts.load(given)  # consumers without a model would end as often as they are started
         changes = {
             "kafka": {
                 "bootstrap.servers": self._kafka.bootstrap,
@@ -201,6 +212,10 @@ class _Trial:
     def _alive(self) -> list[subprocess.Popen[bytes]]:
         return [instance for instance in self._instances if instance.poll() is None]
 
+    def _any(self) -> subprocess.Popen[bytes]:
+        self._supervise(0)  # the last of them may have ended just now
+        return self._random.choice(self._alive())
+
     def _supervise(self, seconds: float) -> None:
         """Wait, and start again what ends: as an orchestrator would."""
         end = time.monotonic() + seconds
@@ -226,13 +241,13 @@ class _Trial:
             console.print(self._tally.exits[-1], style="red")
 
     def _kill(self) -> None:
-        self._random.choice(self._alive()).kill()
+        self._any().kill()
 
     def _kill_at_a_point(self) -> None:
         """Replace an instance by one that dies at a place in the code; wait until it has."""
         place = self._random.choice([place for place in PLACES if place not in {"abort", "reload"}])
         times = self._random.randint(1, 8) if place.endswith("commit") else self._random.randint(1, 2)
-        self._random.choice(self._alive()).terminate()
+        self._any().terminate()
         doomed = self._start(f"{place}:{times}")
         end = time.monotonic() + 20
         while doomed.poll() is None and time.monotonic() < end:
@@ -242,14 +257,14 @@ class _Trial:
 
     def _abort(self) -> None:
         self._tally.aborts += 1
-        self._random.choice(self._alive()).terminate()
+        self._any().terminate()
         self._start(f"abort:{self._random.randint(1, 8)}")
         self._supervise(5)
 
     def _fence(self) -> None:
         """Stop an instance until the group has given its partitions to others; then let it go on."""
         self._tally.stops += 1
-        stopped = self._random.choice(self._alive())
+        stopped = self._any()
         stopped.send_signal(signal.SIGSTOP)
         self._supervise(_SESSION_MS / 1000 + 4)
         if stopped.poll() is None:
@@ -262,7 +277,7 @@ class _Trial:
 
     def _leave(self) -> None:
         self._tally.leaves += 1
-        self._random.choice(self._alive()).terminate()
+        self._any().terminate()
 
     def _restart_broker(self) -> None:
         self._tally.broker_restarts += 1
