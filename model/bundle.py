@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 from msgspec import MsgspecError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as unpack
+from safetensors.torch import save as pack
 
 from model.errors import UserError
 from model.lines import LineFormat
@@ -97,9 +98,8 @@ class Bundle:
         with _beside(folder) as beside:
             fresh, old = beside / "new", beside / "old"
             fresh.mkdir()  # not the temporary folder itself, which only its owner may read
-            save_file(
-                {name: weight.contiguous() for name, weight in self.network.state_dict().items()}, fresh / _WEIGHTS
-            )
+            weights = {name: weight.contiguous() for name, weight in self.network.state_dict().items()}
+            (fresh / _WEIGHTS).write_bytes(pack(weights))  # save_file lets nobody else read it, whatever the umask says
             (fresh / _FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             if folder.exists():
                 folder.rename(old)
@@ -115,7 +115,7 @@ class Bundle:
         """Read the bundle in `folder`; its network is in eval mode on the CPU.
 
         Raises:
-            UserError: there is none, it is damaged, or another version wrote it.
+            UserError: there is none, it cannot be read, it is damaged, or another version wrote it.
         """
         again = "train one with: python -m model --normal FILE --out " + str(folder)
         try:
@@ -123,14 +123,17 @@ class Bundle:
             if facts["format"] != FORMAT:
                 raise UserError(f"{folder}: bundle format {facts['format']}, but this version reads {FORMAT}; {again}")
             network = Autoencoder(Shape(**facts["shape"]))
-            network.load_state_dict(load_file(folder / _WEIGHTS))
+            network.load_state_dict(unpack((folder / _WEIGHTS).read_bytes()))
             vocabulary = Vocabulary(tuple(facts["events"]), facts["templates"])
             lines = msgspec.convert(facts.get("lines"), LineFormat | None)
             bundle = cls(network.eval(), vocabulary, facts["training"], lines)
             intact = bundle.fingerprint == facts["fingerprint"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder}: no model bundle there; {again}") from None
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, MsgspecError):
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{folder}: cannot read the model bundle ({reason}); mend that, or {again}") from None
+        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, MsgspecError):
             raise UserError(f"{folder}: the model bundle is damaged; {again}") from None
         if not intact:
             raise UserError(f"{folder}: the bundle's fingerprint does not match its contents; {again}")

@@ -49,7 +49,7 @@ def test_what_lies_beside_it_stays(bundle, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.new", "model.old"]
 
 
-@pytest.mark.parametrize("fails", ["write_text", "rename"])
+@pytest.mark.parametrize("fails", ["write_bytes", "write_text", "rename"])
 def test_a_failure_leaves_the_bundle_of_before_and_nothing_beside(bundle, tmp_path, monkeypatch, fails):
     bundle.save(tmp_path / "model")
     works = getattr(Path, fails)
@@ -69,7 +69,24 @@ def test_a_failure_leaves_the_bundle_of_before_and_nothing_beside(bundle, tmp_pa
 def test_others_may_read_a_bundle_as_far_as_the_umask_says(bundle, tmp_path):
     bundle.save(tmp_path / "model")
     (tmp_path / "any").mkdir()
+    (tmp_path / "file").touch()
     assert (tmp_path / "model").stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert {path.stat().st_mode for path in Bundle.files(tmp_path / "model")} == {(tmp_path / "file").stat().st_mode}
+
+
+@pytest.mark.parametrize("name", ["model.json", "weights.safetensors"])
+def test_a_bundle_that_may_not_be_read_is_not_said_to_be_missing(bundle, tmp_path, monkeypatch, name):
+    bundle.save(tmp_path / "model")
+    works = Path.open
+
+    def denied(path, *arguments, **options):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied")
+        return works(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(UserError, match=r"cannot read the model bundle \(Permission denied\)"):
+        Bundle.load(tmp_path / "model")
 
 
 def test_the_fingerprint_is_of_all_that_a_score_depends_on(bundle):
