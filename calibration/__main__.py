@@ -142,14 +142,15 @@ def _check(arguments: Namespace, begin: int | None, end: int | None) -> None:
 def _from_files(
     arguments: Namespace, settings: Settings, scorer: Scorer, begin: int | None, end: int | None
 ) -> Observed:
-    normal = read_normal(arguments.normal, scorer.bundle.lines, begin=begin, end=end)
+    idle_timeout = milliseconds(settings.windows.idle_timeout)
+    normal = read_normal(arguments.normal, scorer.bundle.lines, begin=begin, end=end, idle_timeout=idle_timeout)
     counts = f"{len(normal.sessions):,} normal sessions, {normal.left_out:,} anomalous ones left out"
     outside = f", {normal.outside:,} not as a whole in the time range" if normal.outside else ""
     source = [*normal.files, counts + outside]
     for line in source:
         console.print(line)
     quantile = settings.calibration.quantile
-    if young := _young(normal, milliseconds(settings.windows.idle_timeout), quantile):
+    if young := _young(normal, idle_timeout, quantile):
         console.print(young, style="yellow")
     if len(normal.sessions) < blocks_needed(quantile) and arguments.target_alerts_per_day is None:
         raise UserError(

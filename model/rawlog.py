@@ -69,13 +69,13 @@ def read(path: Path, read_line: Read[Event]) -> Iterator[tuple[int | None, str, 
 
 def sessions(
     events: Iterable[tuple[int | None, str, Event]],
-) -> tuple[dict[str, list[Event]], dict[str, tuple[int, int]]]:
-    """Return the events of each block, in order, and its first and last time in milliseconds since 1970, if any."""
-    found: dict[str, list[Event]] = {}
-    lived: dict[str, tuple[int, int]] = {}
+) -> dict[str, tuple[list[Event], list[int | None]]]:
+    """Return the events of each block, in order, and the time of each."""
+    found: dict[str, tuple[list[Event], list[int | None]]] = {}
     for time, block, event in events:
-        found.setdefault(block, []).append(event)
-        if time is not None:
-            first, last = lived.get(block, (time, time))
-            lived[block] = min(first, time), max(last, time)
-    return found, lived
+        life = found.get(block)
+        if life is None:
+            life = found[block] = ([], [])
+        life[0].append(event)
+        life[1].append(time)
+    return found

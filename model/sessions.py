@@ -2,9 +2,10 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from math import inf
 from pathlib import Path
 from sys import intern
 from typing import IO
@@ -32,13 +33,34 @@ class Session:
 
     Attributes:
         anomalous: None where the file does not say.
-        lived: first and last event time in milliseconds since 1970; None where the file holds no times.
+        times: of each event, in milliseconds since 1970; None where a line tells none. Empty: the file holds no times.
     """
 
     block_id: str
     events: tuple[str, ...]
     anomalous: bool | None = None
-    lived: tuple[int, int] | None = field(default=None, compare=False)
+    times: tuple[int | None, ...] = field(default=(), compare=False)
+
+    @property
+    def lived(self) -> tuple[int, int] | None:
+        """First and last event time in milliseconds since 1970; None where no event has one."""
+        times = [time for time in self.times if time is not None]
+        return (min(times), max(times)) if times else None
+
+    def cut(self, idle_timeout: float) -> Iterator["Session"]:
+        """Yield the sessions that the stream makes of it, where a block silent for more milliseconds than this is over.
+
+        What has no times stays whole.
+        """
+        begin, last = 0, None
+        for place, time in enumerate(self.times):
+            if time is None:
+                continue
+            if last is not None and time - last > idle_timeout:
+                yield replace(self, events=self.events[begin:place], times=self.times[begin:place])
+                begin, last = place, None
+            last = time if last is None else max(last, time)
+        yield replace(self, events=self.events[begin:], times=self.times[begin:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +142,12 @@ def read_sessions(path: Path, lines: LineFormat | None = None) -> SessionFile:
 
 
 def read_normal(
-    paths: Sequence[Path], lines: LineFormat | None = None, *, begin: int | None = None, end: int | None = None
+    paths: Sequence[Path],
+    lines: LineFormat | None = None,
+    *,
+    begin: int | None = None,
+    end: int | None = None,
+    idle_timeout: float = inf,
 ) -> NormalSessions:
     """Read several files and leave out what a label calls anomalous; sessions without label count as normal.
 
@@ -130,6 +157,7 @@ def read_normal(
         begin: take only sessions all of whose events are from this time on, in milliseconds since 1970: half a session
             is not what a healthy one looks like.
         end: and from before this time.
+        idle_timeout: a block that was silent for more milliseconds than this begins a new session, as in the stream.
 
     Raises:
         UserError: as `read_sessions`; or a range is asked for, and a file holds no times.
@@ -142,15 +170,16 @@ def read_normal(
     since, until = (0 if begin is None else begin), (LATEST + 1 if end is None else end)
     for path in paths:
         file = read_sessions(path, lines)
-        healthy = [session for session in file.sessions if not session.anomalous]
-        left_out += len(file.sessions) - len(healthy)
+        sessions = [part for session in file.sessions for part in session.cut(idle_timeout)]
+        healthy = [session for session in sessions if not session.anomalous]
+        left_out += len(sessions) - len(healthy)
         files.append(str(file))
         span = file.span
         if span is None and (begin is not None or end is not None):
             raise UserError(f"{path}: {file.format} without times, so --from and --to cannot choose from it")
-        kept = [session for session in healthy if lies_within(session.lived, begin, end)]
-        starts = [(session.lived[0], session.lived[0]) if session.lived else None for session in healthy]
-        begun += sum(lies_within(start, begin, end) for start in starts)
+        lives = [session.lived for session in healthy]
+        kept = [session for session, lived in zip(healthy, lives, strict=True) if lies_within(lived, begin, end)]
+        begun += sum(lies_within((lived[0], lived[0]) if lived else None, begin, end) for lived in lives)
         outside += len(healthy) - len(kept)
         normal.extend(kept)
         if span:
@@ -217,7 +246,7 @@ def _parse(path: Path, lines_format: LineFormat | None) -> tuple[str, list[Sessi
     """Return what the file is, for people, and the sessions as it tells them."""
     if lines_format is not None and rawlog.is_raw(path, lines_format.rules):
         reader = LineReader(lines_format)
-        return rawlog.KIND, _timed(*rawlog.sessions(rawlog.read(path, reader.read)))
+        return rawlog.KIND, _timed(rawlog.read(path, reader.read))
     with opened(path) as lines:
         first, rest = _begin(path, lines)
         if first.startswith("{"):
@@ -225,11 +254,12 @@ def _parse(path: Path, lines_format: LineFormat | None) -> tuple[str, list[Sessi
         header, rows = _table(path, rest)
         if _is_traces(path, header):
             return "Event_traces CSV", list(_traces(path, header, rows))
-        return "event CSV", _timed(*rawlog.sessions(_csv_events(path, header, rows)))
+        return "event CSV", _timed(_csv_events(path, header, rows))
 
 
-def _timed(found: Mapping[str, Iterable[str]], lived: Mapping[str, tuple[int, int]]) -> list[Session]:
-    return [Session(block, tuple(map(intern, ids)), lived=lived.get(block)) for block, ids in found.items()]
+def _timed(events: Iterable[tuple[int | None, str, str]]) -> list[Session]:
+    found = rawlog.sessions(events)
+    return [Session(block, tuple(map(intern, ids)), times=tuple(times)) for block, (ids, times) in found.items()]
 
 
 def labels_beside(path: Path) -> Path | None:

@@ -83,6 +83,18 @@ def test_blocks_that_may_not_be_over_are_warned_of_and_can_be_left_out(folder):
     assert re.search(r"\d+ normal sessions, .* left out, \d+ not as a whole in the time range", flat(done.stdout))
 
 
+def test_a_block_silent_for_longer_than_the_idle_timeout_is_calibrated_on_as_several(folder, monkeypatch, capsys):
+    config = folder / "short.yaml"
+    config.write_text((folder / "config.yaml").read_text() + "windows: {idle_timeout: 1s}\n")
+    options = ["--config", config, "--normal", folder / "events.csv.gz", "--no-report", "--out", folder / "short.json"]
+    monkeypatch.setattr(sys, "argv", ["calibration", *map(str, options)])
+    main()
+    said = re.search(r"([\d,]+) normal sessions", capsys.readouterr().out)
+    raw = json.loads((folder / "short.json").read_text())
+    assert raw["blocks"] == int(said[1].replace(",", "")) > 400
+    assert raw["idle_timeout_ms"] == 1000
+
+
 def test_paths_are_printed_as_they_are(folder):
     normal = folder / "[prod]" / "x[/]:smile:{y}.csv.gz"
     normal.parent.mkdir(parents=True)

@@ -19,7 +19,7 @@ from consumer.settings import EventSettings, Settings, WindowSettings
 from model.bundle import Bundle
 from model.network import Autoencoder, Shape
 from model.scoring import Scorer
-from model.sessions import Session
+from model.sessions import Session, read_normal
 from model.vocabulary import Vocabulary
 
 IDLE = 1000
@@ -129,6 +129,21 @@ def test_a_range_holds_the_sessions_that_a_plain_reading_finds_whole(scorer, str
     assert (found.already_open, found.still_open) == (plain.already_open, plain.still_open)
     assert found.begun == len(plain.whole) + plain.still_open
     assert [block.score for block in found.highest] == sorted(found.scores, reverse=True)[:10]
+
+
+@settings(max_examples=80, deadline=None)
+@given(streams, times, st.integers(1, 3))
+def test_a_file_is_cut_into_the_sessions_of_the_topic(scorer, tmp_path_factory, stream, begin, every):
+    spoken = sorted((item for item in stream if None not in item), key=lambda item: item[2])
+    path = tmp_path_factory.getbasetemp() / "spoken.csv"
+    rows = [f"{time},{block},{event}\n" for block, event, time in [*spoken, ("last", "a", 99_000)]]
+    path.write_text("".join(["timestamp,block_id,event_id\n", *rows]))
+    normal = read_normal([path], begin=begin, end=10_000, idle_timeout=IDLE)
+    # Its sessions are over by the end of the range, which the topic tells by the event behind it.
+    topic = read(scorer, [*spoken, ("last", "a", 99_000)], begin=begin, end=10_000, every=every)
+    scores = block_scores(normal.sessions, scorer, every=every)
+    assert sorted(scores.blocks.tolist()) == sorted(topic.scores)
+    assert normal.begun == topic.begun
 
 
 def test_dead_letters_are_counted_where_they_lie_in_the_range(scorer):

@@ -382,6 +382,21 @@ def test_a_time_range_takes_sessions_that_lie_within_it_as_a_whole(give):
         read_normal([give(TRACES, "traces.csv")], end=1000)
 
 
+def test_a_block_that_was_silent_for_longer_than_the_idle_timeout_begins_a_new_session(give):
+    rows = [(1000, "E1"), (6000, "E2"), (4000, "E3"), (11_000, "E4"), (16_001, "E5")]  # E3 is late
+    path = give(HEAD + "".join(f"{time},a,{event}\n" for time, event in rows) + "2000,b,E1\n", "events.csv")
+
+    def sessions(**options):
+        return [session.events for session in read_normal([path], **options).sessions]
+
+    assert sessions() == [("E1", "E2", "E3", "E4", "E5"), ("E1",)]
+    assert sessions(idle_timeout=5000) == [("E1", "E2", "E3", "E4"), ("E5",), ("E1",)]
+    assert sessions(idle_timeout=5000, begin=1500) == [("E5",), ("E1",)]
+    assert read_normal([path], idle_timeout=5000).begun == 3
+    without_times = give(jsonl([("a", ["E1", "E2"])]), "sessions.jsonl")
+    assert len(read_normal([without_times], idle_timeout=1).sessions) == 1
+
+
 def test_only_event_files_know_the_time_that_they_span(give):
     first, last = 1226262930000, 1226262931000
     events = give(EVENTS, "events.csv")
