@@ -152,7 +152,7 @@ def read_normal(
     """Read several files and leave out what a label calls anomalous; sessions without label count as normal.
 
     Args:
-        paths: the files.
+        paths: the files; those with times are one stream, in the order in which they are given.
         lines: as for `read_sessions`.
         begin: take only sessions all of whose events are from this time on, in milliseconds since 1970: half a session
             is not what a healthy one looks like.
@@ -162,30 +162,50 @@ def read_normal(
     Raises:
         UserError: as `read_sessions`; or a range is asked for, and a file holds no times.
     """
-    normal: list[Session] = []
-    files = []
+    files = [read_sessions(path, lines) for path in paths]
     spans = []
-    left_out = outside = begun = 0
     latest: int | None = None
     since, until = (0 if begin is None else begin), (LATEST + 1 if end is None else end)
-    for path in paths:
-        file = read_sessions(path, lines)
-        sessions = [part for session in file.sessions for part in session.cut(idle_timeout)]
-        healthy = [session for session in sessions if not session.anomalous]
-        left_out += len(sessions) - len(healthy)
-        files.append(str(file))
+    for file in files:
         span = file.span
         if span is None and (begin is not None or end is not None):
-            raise UserError(f"{path}: {file.format} without times, so --from and --to cannot choose from it")
-        lives = [session.lived for session in healthy]
-        kept = [session for session, lived in zip(healthy, lives, strict=True) if lies_within(lived, begin, end)]
-        begun += sum(lies_within((lived[0], lived[0]) if lived else None, begin, end) for lived in lives)
-        outside += len(healthy) - len(kept)
-        normal.extend(kept)
+            raise UserError(f"{file.path}: {file.format} without times, so --from and --to cannot choose from it")
         if span:
             latest = max(latest or 0, span[1])
             spans.append((max(span[0], since), min(span[1], until - 1)))
-    return NormalSessions(normal, left_out, outside, begun, files, spans if len(spans) == len(files) else None, latest)
+    sessions = [part for session in as_one_stream(files) for part in session.cut(idle_timeout)]
+    healthy = [session for session in sessions if not session.anomalous]
+    lives = [session.lived for session in healthy]
+    kept = [session for session, lived in zip(healthy, lives, strict=True) if lies_within(lived, begin, end)]
+    return NormalSessions(
+        sessions=kept,
+        left_out=len(sessions) - len(healthy),
+        outside=len(healthy) - len(kept),
+        begun=sum(lies_within((lived[0], lived[0]) if lived else None, begin, end) for lived in lives),
+        files=list(map(str, files)),
+        spans=spans if len(spans) == len(files) else None,
+        latest=latest,
+    )
+
+
+def as_one_stream(files: Iterable[SessionFile]) -> Iterator[Session]:
+    """Yield the sessions of files, one after the other: of those with times, a block goes on from file to file.
+
+    It is anomalous if one of them says so.
+    """
+    blocks: dict[str | int, list[Session]] = {}
+    for number, session in enumerate(chain.from_iterable(file.sessions for file in files)):
+        blocks.setdefault(session.block_id if session.times else number, []).append(session)
+    for parts in blocks.values():
+        if len(parts) == 1:
+            yield parts[0]
+            continue
+        yield Session(
+            parts[0].block_id,
+            tuple(chain.from_iterable(part.events for part in parts)),
+            any(part.anomalous for part in parts) or parts[0].anomalous,
+            tuple(chain.from_iterable(part.times for part in parts)),
+        )
 
 
 def lies_within(lived: tuple[int, int] | None, begin: int | None, end: int | None) -> bool:

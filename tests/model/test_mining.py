@@ -14,7 +14,7 @@ from model.lines import LineRules
 from model.mining import mine
 from model.network import Autoencoder, Shape
 from model.rawlog import is_raw
-from model.sessions import read_sessions
+from model.sessions import read_normal, read_sessions
 from model.templates import event_id
 from model.vocabulary import Vocabulary
 
@@ -69,9 +69,12 @@ def test_a_time_range_takes_whole_blocks(log):
 
 
 def test_logs_are_one_stream(log, tmp_path):
-    more = tmp_path / "more.log"
+    more = tmp_path / "later" / "raw.log"
+    more.parent.mkdir()
     more.write_text(line(30, "stop blk_2"))
-    assert sessions(mine([log, more], RULES))["blk_2"] == (START, DROP, STOP)
+    mined = mine([log, more], RULES)
+    assert sessions(mined)["blk_2"] == (START, DROP, STOP)
+    assert sessions(read_normal([log, more], mined.lines)) == sessions(mined), "in calibration as in training"
 
 
 def test_labels_of_other_blocks_are_a_mistake(log, tmp_path):

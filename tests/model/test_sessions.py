@@ -397,6 +397,30 @@ def test_a_block_that_was_silent_for_longer_than_the_idle_timeout_begins_a_new_s
     assert len(read_normal([without_times], idle_timeout=1).sessions) == 1
 
 
+def test_a_block_goes_on_from_one_file_with_times_to_the_next(give):
+    first = give(HEAD + "1000,a,E1\n2000,b,E1\n", "first.csv")
+    second = give(HEAD + "3000,b,E2\n9000,b,E3\n9000,c,E1\n", "second.csv")
+    without_times = give(jsonl([("b", ["E4"])]), "sessions.jsonl")
+
+    def sessions(**options):
+        normal = read_normal([first, without_times, second], **options)
+        return [(session.block_id, *session.events) for session in normal.sessions]
+
+    assert sessions() == [("a", "E1"), ("b", "E1", "E2", "E3"), ("b", "E4"), ("c", "E1")]
+    assert sessions(idle_timeout=5000) == [("a", "E1"), ("b", "E1", "E2"), ("b", "E3"), ("b", "E4"), ("c", "E1")]
+    assert [session.events for session in read_normal([first, second], end=5000).sessions] == [("E1",)]
+
+
+def test_a_block_is_anomalous_if_the_labels_of_one_of_its_files_say_so(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "events.csv").write_text(HEAD + "1000,a,E1\n2000,b,E1\n")
+    (tmp_path / "two" / "labels.csv").write_text("BlockId,Label\nb,Anomaly\n")
+    normal = read_normal([tmp_path / name / "events.csv" for name in ("one", "two")])
+    assert [session.block_id for session in normal.sessions] == ["a"]
+    assert normal.left_out == 1
+
+
 def test_only_event_files_know_the_time_that_they_span(give):
     first, last = 1226262930000, 1226262931000
     events = give(EVENTS, "events.csv")
