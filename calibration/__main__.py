@@ -22,7 +22,7 @@ from model.cli import argument_parser, console, milliseconds_of, progress_bar, r
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
-from model.sessions import NormalSessions, as_one_stream, read_normal, read_sessions
+from model.sessions import NormalSessions, as_one_stream, read_files, read_normal
 from model.stamps import iso
 
 _FROM_SETTINGS = ""
@@ -226,7 +226,7 @@ def _why_none(traffic: Traffic) -> str:
 
 
 def _failing(paths: Sequence[Path], settings: Settings, scorer: Scorer) -> NDArray[np.float64]:
-    files = [read_sessions(path, scorer.bundle.lines) for path in paths]
+    files = read_files(paths, scorer.bundle.lines)
     sessions = [session for session in as_one_stream(files) if session.anomalous is not False]
     if not sessions:
         raise UserError("--anomalous: the files hold no such session; check their labels")

@@ -2,9 +2,10 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader, TextIOWrapper
+from os.path import realpath
 from pathlib import Path
 from typing import IO, cast
 
@@ -38,3 +39,17 @@ def opened(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
         raise UserError(f"{path}: is not UTF-8 text; understood are {FORMATS}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its name") from None
+
+
+def check_distinct(paths: Iterable[Path]) -> None:
+    """Make sure that no file is given twice: its blocks would count twice, or go on where they began.
+
+    Raises:
+        UserError: one is.
+    """
+    seen: set[str] = set()
+    for path in paths:
+        place = realpath(path)
+        if place in seen:
+            raise UserError(f"{path}: the same file is given twice; name it once")
+        seen.add(place)

@@ -7,6 +7,7 @@ from typing import cast
 
 from model import rawlog
 from model.errors import UserError
+from model.files import check_distinct
 from model.lines import LineCutter, LineFormat, LineRules
 from model.sessions import Session, labels_beside, lies_within, read_labels
 from model.templates import Matcher, event_id, learn
@@ -63,8 +64,9 @@ def mine(
         end: and none from then on.
 
     Raises:
-        UserError: a file cannot be read, or no healthy block is left.
+        UserError: a file cannot be read or is given twice, or no healthy block is left.
     """
+    check_distinct(paths)
     cutter = LineCutter(rules)
     numbers: dict[bytes, int] = {}
     anomalous: dict[str, bool] = {}

@@ -14,7 +14,7 @@ import msgspec
 
 from model import rawlog
 from model.errors import UserError
-from model.files import FORMATS, opened
+from model.files import FORMATS, check_distinct, opened
 from model.lines import LineFormat, LineReader
 from model.stamps import LATEST, time_of
 
@@ -141,6 +141,16 @@ def read_sessions(path: Path, lines: LineFormat | None = None) -> SessionFile:
     return _labelled(path, kind, sessions)
 
 
+def read_files(paths: Sequence[Path], lines: LineFormat | None = None) -> list[SessionFile]:
+    """Read several files, as `read_sessions`.
+
+    Raises:
+        UserError: as `read_sessions`; or a file is given twice.
+    """
+    check_distinct(paths)
+    return [read_sessions(path, lines) for path in paths]
+
+
 def read_normal(
     paths: Sequence[Path],
     lines: LineFormat | None = None,
@@ -160,9 +170,9 @@ def read_normal(
         idle_timeout: a block that was silent for more milliseconds than this begins a new session, as in the stream.
 
     Raises:
-        UserError: as `read_sessions`; or a range is asked for, and a file holds no times.
+        UserError: as `read_files`; or a range is asked for, and a file holds no times.
     """
-    files = [read_sessions(path, lines) for path in paths]
+    files = read_files(paths, lines)
     spans = []
     latest: int | None = None
     since, until = (0 if begin is None else begin), (LATEST + 1 if end is None else end)

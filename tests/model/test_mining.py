@@ -77,6 +77,11 @@ def test_logs_are_one_stream(log, tmp_path):
     assert sessions(read_normal([log, more], mined.lines)) == sessions(mined), "in calibration as in training"
 
 
+def test_a_log_that_is_given_twice_is_refused(log):
+    with pytest.raises(UserError, match="the same file is given twice"):
+        mine([log, log.parent / ".." / log.parent.name / log.name], RULES)
+
+
 def test_labels_of_other_blocks_are_a_mistake(log, tmp_path):
     labels = tmp_path / "other.csv"
     labels.write_text("BlockId,Label\nblk_77,Anomaly\n")

@@ -296,6 +296,14 @@ def test_a_file_that_is_not_there(tmp_path):
         read_sessions(tmp_path)
 
 
+def test_a_file_that_is_given_twice_is_refused(give, tmp_path):
+    path = give(EVENTS)
+    (tmp_path / "link").symlink_to(path)
+    for again in (path, tmp_path / "." / "link"):
+        with pytest.raises(UserError, match="the same file is given twice"):
+            read_normal([path, give(TRACES, "traces.csv"), again])
+
+
 def test_labels_of_other_blocks_are_refused(give):
     give("BlockId,Label\nz,Normal\n", "labels.csv")
     with pytest.raises(UserError, match=r"labels\.csv: labels none of the 2 blocks of given"):
@@ -426,5 +434,5 @@ def test_only_event_files_know_the_time_that_they_span(give):
     events = give(EVENTS, "events.csv")
     assert read_sessions(events).span == (first, last)
     assert read_sessions(give(TRACES, "traces.csv")).span is None
-    assert read_normal([events, events]).spans == [(first, last)] * 2
+    assert read_normal([events, give(EVENTS, "again.csv")]).spans == [(first, last)] * 2
     assert read_normal([events, give(TRACES, "traces.csv")]).spans is None, "half a rate is no rate"
