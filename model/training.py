@@ -56,8 +56,9 @@ def train(
     tally_steps = 0 if average.tally is None else min(STEPS, 2 * steps)
     all_steps = steps + tally_steps
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.learning_rate, weight_decay=0.01)
+    planned = 11 if steps == 10 else max(steps, 2)  # a rise over a tenth of 10 would be no step long: divided by 0
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=training.learning_rate, total_steps=max(steps, 2), pct_start=0.1
+        optimizer, max_lr=training.learning_rate, total_steps=planned, pct_start=0.1
     )
     loss_mean = restored_mean = 0.0
     for step in range(1, steps + 1):

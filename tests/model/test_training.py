@@ -182,6 +182,14 @@ def test_the_same_seed_gives_the_same_model():
     assert fingerprint(1) == fingerprint(1) != fingerprint(2)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 20])
+def test_training_may_be_of_any_number_of_steps(steps):
+    taken = []
+    tiny = ModelSettings(window=4, width=4, heads=1, layers=1, feedforward=4, tallied=0)
+    train([[4, 5]], 6, tiny, TrainingSettings(epochs=steps, batch_size=4), CPU, taken.append)
+    assert len(taken) == steps
+
+
 def test_the_vocabulary_does_not_depend_on_the_order_of_sessions():
     assert Vocabulary.of([["b", "a"], ["c"]]) == Vocabulary.of([["c"], ["a", "b"]])
     vocabulary = Vocabulary.of([["b", "a"]], {"a": "text", "other": "text"})
