@@ -22,7 +22,7 @@ from model.cli import argument_parser, console, milliseconds_of, progress_bar, r
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
-from model.sessions import NormalSessions, as_one_stream, read_files, read_normal
+from model.sessions import as_one_stream, read_files, read_normal
 from model.stamps import iso
 
 _FROM_SETTINGS = ""
@@ -30,12 +30,16 @@ _FROM_SETTINGS = ""
 
 @dataclass(frozen=True)
 class Observed:
-    """Normal traffic: block scores (N,), the highest blocks, blocks a day if times are known, and what was read."""
+    """Normal traffic: block scores (N,), the highest blocks, blocks a day if times are known, and what was read.
+
+    `young` of the blocks spoke so lately that they may not be over.
+    """
 
     scores: NDArray[np.float64]
     highest: list[Block]
     per_day: float | None
     source: list[str]
+    young: int = 0
 
 
 def main() -> None:
@@ -63,6 +67,8 @@ def main() -> None:
         quantile = quantile_for(arguments.target_alerts_per_day, observed.per_day, len(observed.scores))
         console.print(f"quantile {quantile:g}, for at most {arguments.target_alerts_per_day:g} false alerts a day")
     levels, reasons = usable_levels(settings.calibration.levels, quantile, len(observed.scores))
+    if warning := _too_young(observed, max([quantile, *levels.values()])):
+        console.print(warning, style="yellow")
     threshold = calibrate(
         observed.scores,
         scorer,
@@ -150,8 +156,6 @@ def _from_files(
     for line in source:
         console.print(line)
     quantile = settings.calibration.quantile
-    if young := _young(normal, idle_timeout, quantile):
-        console.print(young, style="yellow")
     if len(normal.sessions) < blocks_needed(quantile) and arguments.target_alerts_per_day is None:
         raise UserError(
             f"{len(normal.sessions):,} normal sessions are too few for calibration.quantile {quantile:g}: it takes at "
@@ -165,18 +169,19 @@ def _from_files(
         f"{time.monotonic() - started:.0f} s"
     )
     per_day = blocks_per_day(normal.begun, normal.spans) if normal.spans else None
-    return Observed(scores.blocks, scores.highest, per_day, source)
-
-
-def _young(normal: NormalSessions, idle_timeout: int, quantile: float) -> str | None:
-    """Return a warning if more blocks than may alert spoke so lately, in milliseconds, that they may not be over."""
     lasts = [session.lived[1] for session in normal.sessions if session.lived]
     young = sum(last > (normal.latest or 0) - idle_timeout for last in lasts)
-    if young <= (1 - quantile) * len(normal.sessions):
+    return Observed(scores.blocks, scores.highest, per_day, source, young)
+
+
+def _too_young(observed: Observed, quantile: float) -> str | None:
+    """Return a warning if more blocks than may alert at the highest quantile may not be over."""
+    if observed.young <= (1 - quantile) * len(observed.scores):
         return None
     return (
-        f"{young:,} of these blocks spoke less than windows.idle_timeout before their log ends: they may not be over, "
-        "and are calibrated on as if they were; --to TIME leaves out what is not over by then"
+        f"{observed.young:,} of these blocks spoke less than windows.idle_timeout before their log ends, more than may "
+        f"alert at q = {quantile:g}: they may not be over, and are calibrated on as if they were; --to TIME leaves out "
+        "what is not over by then"
     )
 
 

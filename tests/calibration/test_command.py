@@ -83,6 +83,33 @@ def test_blocks_that_may_not_be_over_are_warned_of_and_can_be_left_out(folder):
     assert re.search(r"\d+ normal sessions, .* left out, \d+ not as a whole in the time range", flat(done.stdout))
 
 
+@pytest.mark.parametrize(
+    ("levels", "options", "q"),
+    [
+        ("{}", [], None),
+        ("{major: 0.99}", [], 0.99),
+        ("{critical: 0.999}", [], None),  # left out: too few blocks
+        ("{}", ["--target-alerts-per-day", "0.25"], 0.987),
+    ],
+)
+def test_young_blocks_are_warned_of_where_they_decide_the_highest_threshold(
+    folder, tmp_path, monkeypatch, capsys, levels, options, q
+):
+    """Five of 200 blocks spoke in the last day: fewer than may alert at q = 0.95, more than at 0.99."""
+    normal = tmp_path / "events.csv"
+    hours = [f"{number * 3600_000 + 10**12},b{number},E5\n" for number in range(195)]
+    days = [f"{(240 + number) * 3600_000 + 10**12},y{number},E5\n" for number in range(5)]
+    normal.write_text("".join(["timestamp,block_id,event_id\n", *hours, *days]))
+    config = tmp_path / "config.yaml"
+    config.write_text((folder / "config.yaml").read_text().replace("calibration:", f"calibration:\n  levels: {levels}"))
+    options = ["--config", config, "--normal", normal, "--no-report", "--out", tmp_path / "threshold.json", *options]
+    monkeypatch.setattr(sys, "argv", ["calibration", *map(str, options)])
+    main()
+    said = flat(capsys.readouterr().out)
+    warning = "5 of these blocks spoke less than windows.idle_timeout before their log ends"
+    assert (f"{warning}, more than may alert at q = {q}" in said) if q else (warning not in said)
+
+
 def test_a_block_silent_for_longer_than_the_idle_timeout_is_calibrated_on_as_several(folder, monkeypatch, capsys):
     config = folder / "short.yaml"
     config.write_text((folder / "config.yaml").read_text() + "windows: {idle_timeout: 1s}\n")
