@@ -26,6 +26,7 @@ from model.sessions import as_one_stream, read_files, read_normal
 from model.stamps import iso
 
 _FROM_SETTINGS = ""
+_FEW = 0.03  # of the events, that the model does not know
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,9 @@ def _from_files(
             f"{len(normal.sessions):,} normal sessions are too few for calibration.quantile {quantile:g}: it takes at "
             f"least {blocks_needed(quantile):,}; give more sessions or lower the quantile"
         )
+    known = scorer.bundle.vocabulary.tokens
+    events = [event for session in normal.sessions for event in session.events]
+    _check_known(sum(event not in known for event in events), len(events))
     started = time.monotonic()
     with progress_bar("scoring sessions", len(normal.sessions)) as advance:
         scores = block_scores(normal.sessions, scorer, every=settings.scoring.every, report=advance)
@@ -172,6 +176,20 @@ def _from_files(
     lasts = [session.lived[1] for session in normal.sessions if session.lived]
     young = sum(last > (normal.latest or 0) - idle_timeout for last in lasts)
     return Observed(scores.blocks, scores.highest, per_day, source, young)
+
+
+def _check_known(unknown: int, events: int) -> None:
+    """Warn of events that the model has not seen in training, where they are many: its threshold would be theirs.
+
+    Raises:
+        UserError: they are most of the events.
+    """
+    if unknown <= _FEW * events:
+        return
+    said = f"the model has never seen {unknown:,} of these {events:,} events ({unknown / events:.0%})"
+    if 2 * unknown > events:
+        raise UserError(f"{said}; give logs of the system that it was trained on, or train it on this one first")
+    console.print(f"{said}: the threshold will lie high; train it on what is normal here first", style="yellow")
 
 
 def _too_young(observed: Observed, quantile: float) -> str | None:
@@ -202,6 +220,7 @@ def _from_topic(topic: str, settings: Settings, scorer: Scorer, begin: int | Non
     console.print(f"{traffic.looks:,} looks, {traffic.distinct:,} distinct windows, {time.monotonic() - started:.0f} s")
     if not traffic.scores:
         raise UserError(f"topic {topic}: {_why_none(traffic)}")
+    _check_known(traffic.unknown, traffic.events)
     per_day = None
     if traffic.first is not None and traffic.last is not None:
         per_day = blocks_per_day(traffic.begun, [(traffic.first, traffic.last)])

@@ -46,6 +46,7 @@ class Traffic:
         read: messages read, those around the range included.
         refused: of these, those that are neither event nor tombstone; `why` says it of the first.
         skipped: of these, lines that name no block.
+        events: of these, the events; `unknown` of them have an event id that the model does not know.
         earliest, latest: times of the events among them; None without events.
         cut: whether older events than those read have been deleted.
     """
@@ -64,6 +65,8 @@ class Traffic:
     refused: int = 0
     why: str = ""
     skipped: int = 0
+    events: int = 0
+    unknown: int = 0
     earliest: int | None = None
     latest: int | None = None
     cut: bool = False
@@ -80,6 +83,7 @@ class Traffic:
 
     def look_at(self, times: NDArray[np.int64], refused: Sequence[Refused]) -> None:
         """Note what messages were, whether they lie in the range or not: times (N,) of events, and what is none."""
+        self.events += len(times)
         self.refused += len(refused)
         if refused and not self.why:
             self.why = refused[0].reason
@@ -133,6 +137,7 @@ class PartitionTraffic:
         offsets = batch.offsets
         times = np.where(batch.tokens == TOMBSTONE, NO_WATERMARK, batch.times_after(self._watermark))
         self._traffic.look_at(times[batch.tokens != TOMBSTONE], refused)
+        self._traffic.unknown += len(batch.unknown)
         watermarks = np.maximum(np.maximum.accumulate(times), self._watermark)  # (N,) ascending
         if self._warm_up is not None and len(events := watermarks[watermarks > NO_WATERMARK]):
             self._begin, self._warm_up = max(self._begin, int(events[0]) + self._warm_up + 1), None

@@ -12,6 +12,7 @@ import yaml
 from calibration.__main__ import main
 from model.bundle import Bundle
 from model.cli import run as command
+from model.errors import UserError
 from model.network import Autoencoder, Shape
 from model.sessions import read_sessions
 from model.vocabulary import Vocabulary
@@ -19,6 +20,7 @@ from scripts.simulator import simulate, write
 from scripts.systems import HDFS
 
 ROOT = Path(__file__).parents[2]
+KNOWN = simulate(1, 0.0, 5).events[0].event_id
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +99,8 @@ def test_young_blocks_are_warned_of_where_they_decide_the_highest_threshold(
 ):
     """Five of 200 blocks spoke in the last day: fewer than may alert at q = 0.95, more than at 0.99."""
     normal = tmp_path / "events.csv"
-    hours = [f"{number * 3600_000 + 10**12},b{number},E5\n" for number in range(195)]
-    days = [f"{(240 + number) * 3600_000 + 10**12},y{number},E5\n" for number in range(5)]
+    hours = [f"{number * 3600_000 + 10**12},b{number},{KNOWN}\n" for number in range(195)]
+    days = [f"{(240 + number) * 3600_000 + 10**12},y{number},{KNOWN}\n" for number in range(5)]
     normal.write_text("".join(["timestamp,block_id,event_id\n", *hours, *days]))
     config = tmp_path / "config.yaml"
     config.write_text((folder / "config.yaml").read_text().replace("calibration:", f"calibration:\n  levels: {levels}"))
@@ -108,6 +110,26 @@ def test_young_blocks_are_warned_of_where_they_decide_the_highest_threshold(
     said = flat(capsys.readouterr().out)
     warning = "5 of these blocks spoke less than windows.idle_timeout before their log ends"
     assert (f"{warning}, more than may alert at q = {q}" in said) if q else (warning not in said)
+
+
+def test_logs_of_another_system_are_no_normal_traffic(folder, tmp_path, monkeypatch, capsys):
+    def calibrate(unknown):
+        events = [KNOWN] * (100 - unknown) + ["new"] * unknown
+        rows = [{"block_id": str(place), "events": events} for place in range(20)]
+        (tmp_path / "sessions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        options = ["--config", folder / "config.yaml", "--normal", tmp_path / "sessions.jsonl", "--no-report",
+                   "--out", tmp_path / "threshold.json"]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["calibration", *map(str, options)])
+        main()
+        return flat(capsys.readouterr().out)
+
+    assert "never seen" not in calibrate(3)
+    assert "the model has never seen 100 of these 2,000 events (5%): the threshold will lie high" in calibrate(5)
+    calibrate(50)
+    (tmp_path / "threshold.json").unlink()
+    with pytest.raises(UserError, match=r"never seen 1,020 of these 2,000 events \(51%\); give logs of the system"):
+        calibrate(51)
+    assert not (tmp_path / "threshold.json").exists()
 
 
 def test_a_block_silent_for_longer_than_the_idle_timeout_is_calibrated_on_as_several(folder, monkeypatch, capsys):

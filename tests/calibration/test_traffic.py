@@ -128,6 +128,9 @@ def test_a_range_holds_the_sessions_that_a_plain_reading_finds_whole(scorer, str
     assert sorted(found.scores) == sorted(expected.blocks.tolist()), "exactly those of --normal"
     assert (found.already_open, found.still_open) == (plain.already_open, plain.still_open)
     assert found.begun == len(plain.whole) + plain.still_open
+    if end is None:
+        spoken = [event for block, event, _ in stream if None not in (block, event)]
+        assert (found.events, found.unknown) == (len(spoken), spoken.count("new"))
     assert [block.score for block in found.highest] == sorted(found.scores, reverse=True)[:10]
 
 
