@@ -1,7 +1,8 @@
 """Training on raw log lines: which blocks are healthy, and the templates of their lines."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import cast
 
@@ -36,13 +37,15 @@ class Mined:
 
 @dataclass
 class _Block:
-    first: int | None
-    last: int | None
-    shapes: list[int]
+    """Of a block that no line tells a time of, the first one is greater than the last."""
+
+    shapes: list[int] = field(default_factory=list)
+    first: float = inf
+    last: float = -inf
 
     @property
-    def lived(self) -> tuple[int, int] | None:
-        return None if self.first is None or self.last is None else (self.first, self.last)
+    def lived(self) -> tuple[float, float] | None:
+        return (self.first, self.last) if self.first <= self.last else None
 
 
 def mine(
@@ -82,8 +85,9 @@ def mine(
         for time, name, shape in rawlog.read(path, number):
             block = blocks.get(name)
             if block is None:
-                block = blocks[name] = _Block(time, time, [])
-            block.last = time
+                block = blocks[name] = _Block()
+            if time is not None:
+                block.first, block.last = min(block.first, time), max(block.last, time)
             block.shapes.append(numbers.setdefault(shape, len(numbers)))
             count += 1
         beside = labels or labels_beside(path)

@@ -218,7 +218,7 @@ def as_one_stream(files: Iterable[SessionFile]) -> Iterator[Session]:
         )
 
 
-def lies_within(lived: tuple[int, int] | None, begin: int | None, end: int | None) -> bool:
+def lies_within(lived: tuple[float, float] | None, begin: int | None, end: int | None) -> bool:
     """Say whether a block whose first and last event are of these times is as a whole from `begin` on, before `end`.
 
     All times are in milliseconds since 1970; without a range every block is, without times none is in a range.

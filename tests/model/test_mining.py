@@ -68,6 +68,15 @@ def test_a_time_range_takes_whole_blocks(log):
         mine([log], RULES, begin=first + 60_000)
 
 
+def test_a_time_range_goes_by_times_not_by_the_order_of_lines(tmp_path):
+    late, early = tmp_path / "late.log", tmp_path / "early.log"
+    early.write_text(line(1, "start blk_1 size 10") + line(2, "start blk_2 size 10") + line(3, "stop blk_2"))
+    late.write_text(line(8, "stop blk_1") + line(9, "stop blk_3"))
+    for paths in ([early, late], [late, early]):
+        assert sessions(mine(paths, RULES, end=1226262905000)) == {"blk_2": (START, STOP)}
+        assert sessions(mine(paths, RULES, begin=1226262905000)) == {"blk_3": (STOP,)}
+
+
 def test_logs_are_one_stream(log, tmp_path):
     more = tmp_path / "later" / "raw.log"
     more.parent.mkdir()
