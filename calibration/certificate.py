@@ -20,6 +20,7 @@ def interval(n: int, rank: ArrayLike, above: ArrayLike) -> tuple[NDArray[np.floa
     """Return low and high: p = P(new score > t) lies between them in 95 % of all calibrations or more.
 
     t is the `rank`-th smallest of n independent scores, `above` of which are greater than t; arrays broadcast.
+    Blocks that come in waves are not independent: the interval is too narrow for them.
 
     `bound` holds on average over calibrations; this holds for the one at hand. With continuous scores, p given the
     calibration is distributed as Beta(n + 1 - rank, rank), whatever the scores' distribution (Vovk, Conditional
