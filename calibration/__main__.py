@@ -21,8 +21,9 @@ from model.bundle import Bundle
 from model.cli import argument_parser, console, milliseconds_of, progress_bar, run
 from model.device import choose
 from model.errors import UserError
+from model.files import check_place
 from model.scoring import Scorer
-from model.sessions import as_one_stream, read_files, read_normal
+from model.sessions import Session, as_one_stream, read_files, read_normal
 from model.stamps import iso
 
 _FROM_SETTINGS = ""
@@ -53,6 +54,8 @@ def main() -> None:
     settings = load_settings(arguments.config)
     out = arguments.out or settings.calibration.path
     scorer = Scorer(Bundle.load(settings.model.path), settings.calibration.strategy, choose(settings.device))
+    check_place("--out" if arguments.out else "calibration.path", out)
+    failing_sessions = _failing(arguments.anomalous, scorer) if arguments.anomalous else []
 
     if arguments.topic is None:
         observed = _from_files(arguments, settings, scorer, begin, end)
@@ -79,7 +82,10 @@ def main() -> None:
         levels=levels,
         blocks_per_day=observed.per_day,
     )
-    failing = _failing(arguments.anomalous, settings, scorer) if arguments.anomalous else None
+    failing = None
+    if failing_sessions:
+        with progress_bar("scoring failing sessions", len(failing_sessions)) as advance:
+            failing = block_scores(failing_sessions, scorer, every=settings.scoring.every, report=advance).blocks
     threshold.save(out)
     _say(threshold, reasons)
     console.print(f"written to {out}, with anomaly_threshold.txt and anomaly_strategy.txt beside it")
@@ -249,13 +255,12 @@ def _why_none(traffic: Traffic) -> str:
     )
 
 
-def _failing(paths: Sequence[Path], settings: Settings, scorer: Scorer) -> NDArray[np.float64]:
+def _failing(paths: Sequence[Path], scorer: Scorer) -> list[Session]:
     files = read_files(paths, scorer.bundle.lines)
     sessions = [session for session in as_one_stream(files) if session.anomalous is not False]
     if not sessions:
         raise UserError("--anomalous: the files hold no such session; check their labels")
-    with progress_bar("scoring failing sessions", len(sessions)) as advance:
-        return block_scores(sessions, scorer, every=settings.scoring.every, report=advance).blocks
+    return sessions
 
 
 def _say(threshold: Threshold, left_out: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Opens the files that people give: plain or gzip."""
+"""Opens the files that people give, plain or gzip, and asks whether what they want can be written, before the work."""
 
 import gzip
 import zlib
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from io import BufferedReader, TextIOWrapper
 from os.path import realpath
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, cast
 
 from model.errors import UserError
@@ -53,3 +54,33 @@ def check_distinct(paths: Iterable[Path]) -> None:
         if place in seen:
             raise UserError(f"{path}: the same file is given twice; name it once")
         seen.add(place)
+
+
+def check_place(option: str, path: Path) -> None:
+    """Make sure that the file that an option names can be put in its place, which is made; what is there stays.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        is_folder = not path.name or path.is_dir()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror}); name another file") from None
+    if is_folder:
+        raise UserError(f"{option} {path}: is a folder; name a file")
+    check_folder(option, path.parent)
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Make sure that the folder that an option names is there and that files can be written into it.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written to ({error.strerror}); name another folder") from None

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from model.errors import UserError
+from model.files import check_folder as check_folder  # noqa: PLC0414 - scripts ask here
 
 
 def check_file(option: str, path: Path | None) -> None:
@@ -23,21 +23,6 @@ def check_file(option: str, path: Path | None) -> None:
             path.unlink()
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written ({error.strerror}); name another file") from None
-
-
-def check_folder(option: str, path: Path | None) -> None:
-    """Make sure that the folder that an option names is there and that files can be written into it.
-
-    Raises:
-        UserError: they cannot.
-    """
-    if path is None:
-        return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written to ({error.strerror}); name another folder") from None
 
 
 def write_json(path: Path | None, result: Any) -> None:

@@ -163,6 +163,27 @@ def flat(text):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--out", "FOLDER"], "is a folder; name a file"),
+        (["--out", ""], "--out .: is a folder; name a file"),
+        (["--out", "."], "--out .: is a folder; name a file"),
+        (["--out", "/proc/nope/threshold.json"], "--out /proc/nope: cannot be written to ("),
+        (["--out", f"FOLDER/{'x' * 300}"], "cannot be written (File name too long)"),
+        (["--anomalous", "FOLDER/none.jsonl"], "none.jsonl: cannot be read"),
+    ],
+)
+def test_what_ends_it_is_found_before_the_work_begins(folder, tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr("calibration.__main__.read_normal", None)
+    options = [option.replace("FOLDER", str(tmp_path)) for option in options]
+    arguments = ["--config", folder / "config.yaml", "--normal", folder / "sessions.jsonl", *options]
+    monkeypatch.setattr(sys, "argv", ["calibration", *map(str, arguments)])
+    with pytest.raises(UserError, match=re.escape(said)):
+        main()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
         (["--normal", "sessions.jsonl", "--target-alerts-per-day", "5"], "give an event CSV with its timestamps"),
         (["--normal", "sessions.jsonl", "--from", "2024-01-01"], "without times, so --from and --to cannot choose"),
         (["--topic", "--from", "2024-01-02", "--to", "2024-01-01"], "--from should be earlier than --to"),
