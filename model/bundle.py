@@ -71,10 +71,9 @@ class Bundle:
         Raises:
             UserError: the folder holds something else, or cannot be written.
         """
-        if folder.exists() and not (folder / _FACTS).is_file():
-            raise UserError(f"{folder}: exists and is no model bundle; name another folder with --out")
         with _beside(folder):
-            pass
+            if folder.exists() and not (folder / _FACTS).is_file():
+                raise UserError(f"{folder}: exists and is no model bundle; name another folder with --out")
 
     def save(self, folder: Path) -> None:
         """Write the bundle to `folder`, replacing a bundle that is there.

@@ -150,6 +150,19 @@ def test_a_place_where_nothing_can_be_written_is_found_before_training(tmp_path)
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_a_place_that_cannot_even_be_looked_at_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"cannot write the model bundle \(File name too long\)"):
+        Bundle.check_place(tmp_path / ("x" * 300))
+
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(UserError, match=r"cannot write the model bundle \(Permission denied\)"):
+        Bundle.check_place(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_something_else_is_not_overwritten(bundle, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
