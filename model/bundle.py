@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from os.path import realpath
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,18 +72,20 @@ class Bundle:
         Raises:
             UserError: the folder holds something else, or cannot be written.
         """
-        with _beside(folder):
+        with _beside(Path(realpath(folder))):
             if folder.exists() and not (folder / _FACTS).is_file():
                 raise UserError(f"{folder}: exists and is no model bundle; name another folder with --out")
 
     def save(self, folder: Path) -> None:
         """Write the bundle to `folder`, replacing a bundle that is there.
 
-        It is written beside and moved, so that a reader never finds half of it.
+        It is written beside and moved, so that a reader never finds half of it. A link to a bundle stays one: what it
+        leads to is replaced.
 
         Raises:
             UserError: as `check_place`.
         """
+        folder = Path(realpath(folder))
         self.check_place(folder)
         facts = {
             "format": FORMAT,

@@ -39,6 +39,15 @@ def test_saving_again_replaces_it_and_leaves_nothing_beside(bundle, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_link_to_a_bundle_stays_a_link(bundle, tmp_path):
+    (tmp_path / "current").symlink_to("versions/one")
+    for model in (bundle, Bundle(bundle.network, Vocabulary(("a", "c")))):
+        model.save(tmp_path / "current")
+        assert (tmp_path / "current").is_symlink()
+        assert Bundle.load(tmp_path / "versions" / "one").fingerprint == model.fingerprint
+    assert [path.name for path in (tmp_path / "versions").iterdir()] == ["one"]
+
+
 def test_what_lies_beside_it_stays(bundle, tmp_path):
     for beside in ("model.old", "model.new"):
         (tmp_path / beside).mkdir()
@@ -146,6 +155,9 @@ def test_a_place_where_nothing_can_be_written_is_found_before_training(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/model: cannot write the model bundle"):
         Bundle.check_place(tmp_path / "file" / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "file" / "model")
+    with pytest.raises(UserError, match=r"file/model: cannot write the model bundle"):
+        Bundle.check_place(tmp_path / "link")
     Bundle.check_place(tmp_path / "new" / "model")
     assert list((tmp_path / "new").iterdir()) == []
 
