@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from model.errors import UserError
-from model.stamps import time_of
+from model.stamps import EARLY, time_of
 
 console = Console(highlight=False, markup=False, emoji=False)
 """Standard output for people: tables, progress bars, results. Text is printed as it is: paths may hold [brackets]."""
@@ -61,11 +61,11 @@ def milliseconds_of(option: str, text: str | None) -> int | None:
     """Return the time that an option names in milliseconds since 1970, None if it was not given.
 
     Raises:
-        UserError: the text is no time.
+        UserError: the text is no time, or a date or seconds taken for milliseconds.
     """
     if text is None:
         return None
     time = time_of(text)
-    if time is None:
+    if time is None or (text.isdecimal() and time < EARLY):
         raise UserError(f"{option} {text}: write a time like 2008-11-10T06:00 (UTC) or milliseconds since 1970")
     return time

@@ -16,7 +16,7 @@ from model import rawlog
 from model.errors import UserError
 from model.files import FORMATS, check_distinct, opened
 from model.lines import LineFormat, LineReader
-from model.stamps import LATEST, time_of
+from model.stamps import EARLY, LATEST, time_of
 
 _JSONL = "session JSONL"
 _LABEL_FILES = ("anomaly_label.csv", "labels.csv")
@@ -97,6 +97,12 @@ class SessionFile:
             summary += f", labels from {self.labels.name}"
             if unlabelled := sum(session.anomalous is None for session in self.sessions):
                 summary += f" (which lacks {unlabelled:,} of the blocks)"
+        span = self.span
+        if span and 0 < span[1] < EARLY:
+            summary += (
+                f"; its newest timestamp, {span[1]}, is taken as milliseconds since 1970: write seconds as "
+                "milliseconds or as ISO 8601"
+            )
         return summary
 
 

@@ -8,6 +8,9 @@ from functools import lru_cache
 LATEST = 253_402_300_799_999
 """The last millisecond of the year 9999: an alert could not write a later time."""
 
+EARLY = 10**11
+"""In milliseconds 1973, of which no log is, in seconds the year 5138: whoever writes a lower number means seconds."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _REMEMBERED = 4096  # neighbouring lines mostly share their second
 _FIELDS = {"Y": r"\d{4}", "y": r"\d\d", "m": r"\d\d", "d": r"\d\d", "H": r"\d\d", "M": r"\d\d", "S": r"\d\d"}

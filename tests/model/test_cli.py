@@ -30,7 +30,9 @@ def test_a_time_is_read_as_in_files(text):
     assert milliseconds_of("--from", text) == 1226262930000
 
 
-@pytest.mark.parametrize("text", ["soon", "-1", "1960-01-01", "9" * 16, "9" * 5000, "9999-12-31T23:59:59-01:00"])
+@pytest.mark.parametrize(
+    "text", ["20081110", "1226262930", "soon", "-1", "1960-01-01", "9" * 16, "9" * 5000, "9999-12-31T23:59:59-01:00"]
+)
 def test_what_is_no_time_is_one_sentence(text):
     with pytest.raises(UserError, match=r"^--from .*: write a time like"):
         milliseconds_of("--from", text)

@@ -296,6 +296,15 @@ def test_a_file_that_is_not_there(tmp_path):
         read_sessions(tmp_path)
 
 
+def test_seconds_are_told_of_where_they_are_taken_for_milliseconds(give):
+    path = give(HEAD + "1226262930,a,E1\n")
+    (said,) = read_normal([path]).files
+    assert said == (
+        f"{path}: event CSV, 1 sessions; its newest timestamp, 1226262930, is taken as milliseconds since 1970: "
+        "write seconds as milliseconds or as ISO 8601"
+    )
+
+
 def test_a_file_that_is_given_twice_is_refused(give, tmp_path):
     path = give(EVENTS)
     (tmp_path / "link").symlink_to(path)
