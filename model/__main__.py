@@ -28,7 +28,7 @@ def main() -> None:
         "--templates",
         type=Path,
         metavar="FILE",
-        help="CSV with event_id,template: texts for the alerts (default: templates.csv beside the first file, if any)",
+        help="of events: CSV with event_id,template for the alerts (default: templates.csv beside the first, if any)",
     )
     parser.add_argument(
         "--labels",
@@ -99,6 +99,8 @@ def _read(arguments: Namespace, rules: LineRules) -> tuple[list[Session], dict[s
     if raw and len(raw) < len(arguments.normal):
         raise UserError("raw log lines and files of events cannot be trained on together: their event ids differ")
     if raw:
+        if arguments.templates:
+            raise UserError("--templates belongs to files of events; the templates of raw log lines are found in them")
         mined = mine(raw, rules, labels=arguments.labels, begin=begin, end=end)
         for note in mined.notes:
             console.print(note)

@@ -181,6 +181,7 @@ def test_the_command_trains_on_a_raw_log(log, tmp_path):
     other.write_text('{"block_id": "b", "events": ["E5"]}\n')
     for options, said in (
         ((log, other), "cannot be trained on together"),
+        ((log, "--templates", other), "--templates belongs to files of events"),
         ((other, "--to", "2008-11-10"), "belong to raw log lines"),
     ):
         done = train(*options)
