@@ -42,8 +42,9 @@ def train(
 ) -> Autoencoder:
     """Train a network on the token sequences of normal sessions and return it, in eval mode, on the CPU.
 
-    The same seed, sessions and device give the same weights. The weights returned are an exponential moving
-    average over the steps, which forgets the last steps' noise. The last of the steps teach the tally.
+    The same seed, sessions, device and number of threads give the same weights: sums of floats depend on how they are
+    shared out. The weights returned are an exponential moving average over the steps, which forgets the last steps'
+    noise. The last of the steps teach the tally.
     """
     torch.manual_seed(training.seed)
     random = np.random.default_rng(training.seed)
