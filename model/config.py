@@ -232,17 +232,18 @@ def load(path: Path, schema: type[SettingsT]) -> SettingsT:
         raise UserError(f"{path}: cannot read the settings file ({_reason(error)}); name one with --config") from None
     try:
         raw = _Loader(text).get_single_data()
+        raw = {} if raw is None else _with_environment(raw, path, ())
+    except RecursionError:
+        raise UserError(f"{path}: a value holds itself, or lists are nested too deeply; write it out") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         invalid = "this is not valid YAML; check indentation and quotes there"
         raise UserError(f"{path}{where}: {error.problem if isinstance(error, _Refused) else invalid}") from None
-    if raw is None:
-        raw = {}
     if not isinstance(raw, dict):
         raise UserError(f"{path}: the settings file must be a mapping of sections such as 'kafka:'")
     try:
-        return schema.model_validate(_with_environment(raw, path, ()))
+        return schema.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{path}: " + "; ".join(_sentence(item) for item in error.errors())) from None
 
@@ -254,6 +255,8 @@ def _with_environment(value: Any, path: Path, where: tuple[str, ...]) -> Any:
         return [_with_environment(item, path, (*where, str(index))) for index, item in enumerate(value)]
     if not isinstance(value, str):
         return value
+    if "\0" in value:
+        raise UserError(f"{path}: {'.'.join(where)} holds a NUL byte, which no path or name may; remove it")
 
     def fill(match: re.Match[str]) -> str:
         name, default = match.groups()

@@ -49,6 +49,9 @@ def test_the_shipped_file_states_the_defaults():
         ("events: {message_pattern: '127.0.0.1'}", "events.message_pattern: asks for certain digits"),
         ("events: {format: xml}", "events.format: input should be 'json' or 'text'"),
         ("a: [", "not valid YAML"),
+        ("a: &a [*a]", "a value holds itself"),
+        ("a: " + "[" * 5000 + "]" * 5000, "lists are nested too deeply"),
+        ('model: {path: "a\\0b"}', "model.path holds a NUL byte"),
         (
             "windows: {idle_timeout: 1h}\ndrift: {}\nwindows: {max_ahead: 1h}",
             "config.yaml, line 3: windows is set here and in line 1 already",
