@@ -27,7 +27,7 @@ from model.sessions import Session, as_one_stream, read_files, read_normal
 from model.stamps import iso
 
 _FROM_SETTINGS = ""
-_FEW = 0.03  # of the events, that the model does not know
+_FEW = 0.03  # share of events that the model may not know without a warning
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _from_files(
 
 
 def _check_known(unknown: int, events: int) -> None:
-    """Warn of events that the model has not seen in training, where they are many: its threshold would be theirs.
+    """Warn of events that the model has not seen in training, where they are many: the threshold would be theirs.
 
     Raises:
         UserError: they are most of the events.

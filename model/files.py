@@ -57,7 +57,7 @@ def check_distinct(paths: Iterable[Path]) -> None:
 
 
 def check_place(option: str, path: Path) -> None:
-    """Make sure that the file that an option names can be put in its place, which is made; what is there stays.
+    """Make sure that a file can be put where an option says, and that its folder is there; an older file stays.
 
     Raises:
         UserError: it cannot.
