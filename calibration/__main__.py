@@ -23,7 +23,7 @@ from model.device import choose
 from model.errors import UserError
 from model.files import check_place
 from model.scoring import Scorer
-from model.sessions import Session, as_one_stream, read_files, read_normal
+from model.sessions import read_anomalous, read_normal
 from model.stamps import iso
 
 _FROM_SETTINGS = ""
@@ -55,7 +55,7 @@ def main() -> None:
     out = arguments.out or settings.calibration.path
     scorer = Scorer(Bundle.load(settings.model.path), settings.calibration.strategy, choose(settings.device))
     check_place("--out" if arguments.out else "calibration.path", out)
-    failing_sessions = _failing(arguments.anomalous, scorer) if arguments.anomalous else []
+    failing_sessions = read_anomalous(arguments.anomalous, scorer.bundle.lines) if arguments.anomalous else []
 
     if arguments.topic is None:
         observed = _from_files(arguments, settings, scorer, begin, end)
@@ -253,14 +253,6 @@ def _why_none(traffic: Traffic) -> str:
         "no block begins and closes in the range; blocks close with a tombstone or after windows.idle_timeout of "
         "silence, so take a longer range, or wait until more of them have closed"
     )
-
-
-def _failing(paths: Sequence[Path], scorer: Scorer) -> list[Session]:
-    files = read_files(paths, scorer.bundle.lines)
-    sessions = [session for session in as_one_stream(files) if session.anomalous is not False]
-    if not sessions:
-        raise UserError("--anomalous: the files hold no such session; check their labels")
-    return sessions
 
 
 def _say(threshold: Threshold, left_out: Sequence[str]) -> None:

@@ -204,6 +204,22 @@ def read_normal(
     )
 
 
+def read_anomalous(paths: Sequence[Path], lines: LineFormat | None = None) -> list[Session]:
+    """Read several files and return what labels call anomalous; of a file without any label, all.
+
+    Raises:
+        UserError: as `read_files`; or there is no such session.
+    """
+    files = read_files(paths, lines)
+    for file in files:
+        if any(session.anomalous is not None for session in file.sessions):
+            file.sessions[:] = [session for session in file.sessions if session.anomalous]
+    sessions = list(as_one_stream(files))
+    if not sessions:
+        raise UserError(f"{', '.join(map(str, paths))}: no session is anomalous; check the labels")
+    return sessions
+
+
 def as_one_stream(files: Iterable[SessionFile]) -> Iterator[Session]:
     """Yield the sessions of files, one after the other: of those with times, a block goes on from file to file.
 

@@ -25,9 +25,9 @@ from model.config import Strategy
 from model.device import choose
 from model.errors import UserError
 from model.scoring import Scorer
-from model.sessions import Session
+from model.sessions import Session, read_anomalous
 from scripts.baselines import CountVectors, NewEvents
-from scripts.inputs import read_failing, read_healthy
+from scripts.inputs import read_healthy
 from scripts.output import check_file, write_json
 
 QUANTILES = (0.95, 0.99, 0.995, 0.999, 0.9995)
@@ -81,7 +81,7 @@ def main() -> None:
     artifacts = Artifacts.load(settings)
     bundle, threshold = artifacts.bundle, artifacts.threshold
     normal = read_healthy("--normal", arguments.normal, bundle.lines)
-    anomalous = read_failing("--anomalous", arguments.anomalous, bundle.lines)
+    anomalous = read_anomalous(arguments.anomalous, bundle.lines)
     training, held_out = (
         read_healthy(option, files, bundle.lines) if files else []
         for option, files in (("--training", arguments.training), ("--calibration", arguments.calibration))

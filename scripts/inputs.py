@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model.errors import UserError
 from model.lines import LineFormat
-from model.sessions import Session, read_normal, read_sessions
+from model.sessions import Session, read_normal
 
 
 def read_healthy(
@@ -22,20 +22,4 @@ def read_healthy(
             f"{option}: {len(sessions):,} normal sessions are too few, it takes at least {least:,}; give more files or "
             "check their labels"
         )
-    return sessions
-
-
-def read_failing(option: str, paths: Sequence[Path], lines: LineFormat | None = None) -> list[Session]:
-    """Return the sessions that labels call anomalous, and those of files without any label.
-
-    Raises:
-        UserError: as `read_sessions`; or there is none.
-    """
-    sessions: list[Session] = []
-    for path in paths:
-        found = read_sessions(path, lines).sessions
-        labelled = any(session.anomalous is not None for session in found)
-        sessions += [session for session in found if session.anomalous or not labelled]
-    if not sessions:
-        raise UserError(f"{option}: the files hold no such session; check their labels")
     return sessions

@@ -3,7 +3,8 @@
 import pytest
 
 from model.errors import UserError
-from scripts.inputs import read_failing, read_healthy
+from model.sessions import read_anomalous
+from scripts.inputs import read_healthy
 
 EVENTS = "timestamp,block_id,event_id\n0,healthy,a\n1,failing,a\n2,unknown,b\n"
 LABELS = "BlockId,Label\nhealthy,Normal\nfailing,Anomaly\n"
@@ -19,8 +20,8 @@ def test_a_block_without_label_is_healthy_where_others_have_labels_and_failing_o
         path.parent.mkdir()
         path.write_text(EVENTS)
     labelled.with_name("labels.csv").write_text(LABELS)
-    assert names(read_failing("--anomalous", [labelled])) == ["failing"]
-    assert names(read_failing("--anomalous", [bare, labelled])) == ["healthy", "failing", "unknown", "failing"]
+    assert names(read_anomalous([labelled])) == ["failing"]
+    assert names(read_anomalous([bare])) == ["healthy", "failing", "unknown"]
     assert names(read_healthy("--normal", [labelled])) == ["healthy", "unknown"]
     assert names(read_healthy("--normal", [bare])) == ["healthy", "failing", "unknown"]
 
@@ -29,8 +30,8 @@ def test_files_without_enough_such_sessions_are_one_sentence(tmp_path):
     healthy, failing = tmp_path / "healthy.jsonl", tmp_path / "failing.jsonl"
     for path, label in ((healthy, "Normal"), (failing, "Anomaly")):
         path.write_text(f'{{"block_id": "b", "events": ["a"], "label": "{label}"}}\n')
-    with pytest.raises(UserError, match=r"^--anomalous: the files hold no such session; check their labels"):
-        read_failing("--anomalous", [healthy])
+    with pytest.raises(UserError, match=r"healthy.jsonl: no session is anomalous; check the labels"):
+        read_anomalous([healthy])
     with pytest.raises(UserError, match=r"^--training: 0 normal sessions are too few, it takes at least 1; "):
         read_healthy("--training", [failing])
     with pytest.raises(UserError, match=r"^--normal: 1 normal sessions are too few, it takes at least 2; "):
