@@ -37,12 +37,12 @@ from consumer.restore import Restorer
 from consumer.settings import Settings
 from consumer.silence import Ends
 from consumer.web import serving
+from model.stamps import EARLY
 
 log = logging.getLogger("consumer")
 
 _REPORT_SECONDS = 60.0
 _STATUS_SECONDS = 1.0
-_SECONDS = 10**11  # since 1970: the year 5138; milliseconds: 1973, of which no log is
 
 
 class Service:
@@ -267,7 +267,7 @@ class Service:
         if known < done:
             self._detector.replay(number, self._decoder.decode(columns.from_place(known, done))[0])
         batch, refused = self._decoder.decode(columns.from_place(done))
-        if len(batch) and 0 < (newest := int(batch.times.max())) < _SECONDS < int(columns.sent[-1]):
+        if len(batch) and 0 < (newest := int(batch.times.max())) < EARLY < int(columns.sent[-1]):
             self._warn(
                 "seconds", number, f"a timestamp of {newest} is taken as milliseconds since 1970; send seconds as "
                 "milliseconds or as ISO 8601",

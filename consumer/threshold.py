@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from os.path import realpath
 from pathlib import Path
 
 import msgspec
@@ -158,9 +159,10 @@ class Threshold:
                 (path.with_name("anomaly_strategy.txt"), self.strategy),
                 (path, text),
             ):
-                fresh = target.with_name(target.name + ".new")
+                place = Path(realpath(target))  # a link stays one: what it leads to is replaced
+                fresh = place.with_name(place.name + ".new")
                 fresh.write_text(content + "\n", encoding="utf-8")
-                fresh.replace(target)  # readers see the old file or the new one, never half of one
+                fresh.replace(place)  # readers see the old file or the new one, never half of one
         except OSError as error:
             raise UserError(f"{path}: cannot write the threshold ({error.strerror or error})") from None
 

@@ -19,6 +19,7 @@ from consumer.settings import load_settings
 from model.bundle import Bundle
 from model.cli import argument_parser, console, run
 from model.errors import UserError
+from model.files import check_folder
 from model.sessions import Event, read_events
 from scripts.bench.latency import latency
 from scripts.bench.peers import peers
@@ -29,7 +30,7 @@ from scripts.bench.scoring import scoring
 from scripts.bench.stage import Stage
 from scripts.bench.throughput import cold, hdfs_v1, instances, open_blocks, pipeline
 from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
-from scripts.output import check_file, check_folder, write_json
+from scripts.output import check_file, write_json
 from scripts.simulator import simulate
 
 _Part = Callable[[Stage, Namespace], dict[str, Any]]

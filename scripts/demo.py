@@ -26,8 +26,8 @@ from consumer.alerts import Alert
 from consumer.settings import Settings, load_settings
 from model.cli import argument_parser, console, run
 from model.errors import UserError
+from model.files import check_folder
 from scripts.alerts import TopicReader, one_line
-from scripts.output import check_folder
 from scripts.replay import paced, replay
 from scripts.simulator import Workload, simulate, write
 from scripts.systems import HDFS

@@ -31,9 +31,10 @@ from consumer.settings import Settings, load_settings, milliseconds
 from consumer.topics import TopicSpec, ensure_topics, require_topic
 from model.cli import argument_parser, console, run
 from model.errors import UserError
+from model.files import check_folder
 from model.sessions import Event, read_events
 from scripts.local_kafka import QUICK_ABORTS, LocalKafka, free_port
-from scripts.output import check_file, check_folder, write_json
+from scripts.output import check_file, write_json
 from scripts.replay import endless, paced, replay
 from scripts.simulator import simulate
 from scripts.verify import Comparison, verify

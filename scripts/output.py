@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
-from model.files import check_folder as check_folder  # noqa: PLC0414 - scripts ask here
 
 
 def check_file(option: str, path: Path | None) -> None:

@@ -19,9 +19,9 @@ from PIL import Image
 from consumer.settings import load_settings
 from model.cli import argument_parser, console, run
 from model.errors import UserError
+from model.files import check_folder
 from scripts.browser import chromium
 from scripts.demo import command, configure, embedded_broker
-from scripts.output import check_folder
 from scripts.replay import paced, replay
 from scripts.simulator import Workload, simulate, write
 from scripts.systems import HDFS

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from model import cli
 from model.errors import UserError
+from model.files import check_folder
 from model.sessions import Event, Session
-from scripts.output import check_folder
 from scripts.systems import HDFS, SYSTEMS, System
 
 TEMPLATES: dict[str, str] = {

@@ -138,6 +138,12 @@ def test_a_threshold_comes_back_as_it_was_with_its_plain_files(threshold, tmp_pa
     assert float((path.parent / "anomaly_threshold.txt").read_text()) == 3.0
     assert (path.parent / "anomaly_strategy.txt").read_text() == "max\n"
     assert len(list(path.parent.iterdir())) == 3
+    link = tmp_path / "current.json"
+    link.symlink_to(path)
+    path.write_text("{}")
+    threshold.save(link)
+    assert link.is_symlink()
+    assert Threshold.load(path) == threshold
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from scripts.output import check_file, check_folder
+from model.files import check_folder
+from scripts.output import check_file
 
 ROOT = Path(__file__).parents[2]
 
