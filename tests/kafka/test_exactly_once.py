@@ -336,7 +336,7 @@ def test_a_message_that_is_refused_for_good_ends_the_process_with_a_sentence(lin
     assert process.wait(timeout=60) == 2
     said = process.log.read_text()
     assert "a message is refused" in said
-    assert "see to the user's rights and to max.message.bytes" in said
+    assert "see to the user's rights, to max.message.bytes" in said
     assert said.count("recovering") == 0
     assert "Traceback" not in said
 
