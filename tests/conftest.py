@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent
 CACHE = Path(__file__).parents[1] / ".cache" / "prometheus"
 
 
@@ -26,3 +27,11 @@ def prometheus():
         subprocess.run(["dpkg-deb", "-x", package, CACHE], check=True)
         package.unlink()
     return folder
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+def pytest_collection_modifyitems(items):
+    """Run each file on one worker, so that what its tests share is made once; those on Kafka share even the broker."""
+    for item in items:
+        place = item.path.relative_to(ROOT)
+        item.add_marker(pytest.mark.xdist_group("kafka" if place.parts[0] == "kafka" else str(place)))

@@ -246,4 +246,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/kafka" in str(item.path):
             item.add_marker(pytest.mark.kafka)
-            item.add_marker(pytest.mark.xdist_group("kafka"))
