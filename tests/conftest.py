@@ -31,7 +31,13 @@ def prometheus():
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """Run each file on one worker, so that what its tests share is made once; those on Kafka share even the broker."""
+    """Run each file on one worker, so that what its tests share is made once.
+
+    Those on Kafka, which take most of the time, are two groups: each worker begins with one of them, and a broker.
+    """
     for item in items:
         place = item.path.relative_to(ROOT)
-        item.add_marker(pytest.mark.xdist_group("kafka" if place.parts[0] == "kafka" else str(place)))
+        group = str(place)
+        if place.parts[0] == "kafka":
+            group = "kafka a-k" if place.name < "test_l" else "kafka l-z"
+        item.add_marker(pytest.mark.xdist_group(group))
