@@ -169,8 +169,8 @@ def _from_files(
             f"least {blocks_needed(quantile):,}; give more sessions or lower the quantile"
         )
     known = scorer.bundle.vocabulary.tokens
-    events = [event for session in normal.sessions for event in session.events]
-    _check_known(sum(event not in known for event in events), len(events))
+    unknown = sum(event not in known for session in normal.sessions for event in session.events)
+    _check_known(unknown, sum(len(session.events) for session in normal.sessions))
     started = time.monotonic()
     with progress_bar("scoring sessions", len(normal.sessions)) as advance:
         scores = block_scores(normal.sessions, scorer, every=settings.scoring.every, report=advance)
@@ -179,7 +179,7 @@ def _from_files(
         f"{time.monotonic() - started:.0f} s"
     )
     per_day = blocks_per_day(normal.begun, normal.spans) if normal.spans else None
-    lasts = [session.lived[1] for session in normal.sessions if session.lived]
+    lasts = [lived[1] for session in normal.sessions if (lived := session.lived)]
     young = sum(last > (normal.latest or 0) - idle_timeout for last in lasts)
     return Observed(scores.blocks, scores.highest, per_day, source, young)
 
